@@ -1,0 +1,172 @@
+"""The teacher: frozen, run now, read in the student's terms."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from .batch import Signals
+from .capture import Capture, Wanted, columns_for, forward_columns
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Teacher:
+    """A frozen model that gives the signals a student learns from.
+
+    The model is put in eval mode and stops requiring gradients; its weights never change. It is not a `torch.nn.Module`, so it
+    gets into no optimizer, wrapper or checkpoint.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The teacher.
+        student_config ([`~transformers.PretrainedConfig`]): The student's config, in whose label order the logits are given.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`. By default the dtype it has, under the run's autocast.
+        device (`torch.device`, *optional*): Where to put the teacher. By default it stays where it is.
+
+    Raises:
+        ValueError: If the vocabularies or labels of student and teacher do not fit.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, student_config: Any, dtype: str | None = None, device: torch.device | None = None
+    ):
+        check_vocabulary(student_config, model.config)
+        order = label_order(student_config, model.config)
+        self.model = model.eval().requires_grad_(False)
+        if dtype is not None:
+            self.model.to(DTYPES[dtype])
+        if device is not None and getattr(model, "hf_device_map", None) is None:
+            self.model.to(device)
+        self.label_order = None if order is None else torch.tensor(order, device=self.model.device)
+        self.columns = forward_columns(model)
+        self.capture = Capture(model, Wanted())
+        self._runs_in_own_dtype = dtype is not None
+
+    def watch(self, wanted: Wanted) -> None:
+        """Read these intermediate signals besides the logits from now on."""
+        self.capture = Capture(self.model, wanted)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Any]) -> Signals:
+        """Run the teacher.
+
+        Args:
+            inputs (`Mapping[str, Any]`): A batch on the teacher's device; columns that its `forward` does not declare are left out.
+
+        Returns:
+            [`Signals`]: Without gradient, the logits in the student's label order.
+        """
+        inputs = columns_for(self.columns, {name: value for name, value in inputs.items() if name != "labels"})
+        own_dtype = torch.autocast(self.model.device.type, enabled=False) if self._runs_in_own_dtype else contextlib.nullcontext()
+        with own_dtype, self.capture:
+            outputs = self.model(**inputs, **self.capture.forward_kwargs)
+        signals = self.capture.signals(outputs, inputs)
+        if self.label_order is not None:
+            signals.logits = signals.logits[..., self.label_order]
+        return signals
+
+
+def load_teacher(path: str | os.PathLike) -> PreTrainedModel:
+    """Load a fine-tuned model as the class that its config names, from safetensors.
+
+    Raises:
+        ValueError: If there is no such model, it has no head, or the checkpoint lacks weights of the head.
+    """
+    path = str(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"teacher_model={path!r} is not a model folder (with config.json) or a Hub id that can be reached: {error}"
+        ) from error
+    name = (config.architectures or [""])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None or "For" not in name:
+        raise ValueError(
+            f"teacher_model={path!r} is {name or 'a model without architectures in its config'}, which transformers has no task head for; "
+            "fine-tune it first (recipes/glue_finetune.py), or load it yourself and pass the model."
+        )
+    try:
+        model, info = model_class.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"teacher_model={path!r} cannot be loaded from safetensors: {error} Save it with save_pretrained(), which writes "
+            "model.safetensors."
+        ) from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"teacher_model={path!r} lacks the weights {sorted(info['missing_keys'])}, which would be random; fine-tune it first "
+            "(recipes/glue_finetune.py)."
+        )
+    return model
+
+
+def check_vocabulary(student_config: Any, teacher_config: Any) -> None:
+    """Both models read the same `input_ids`, so they must number the same tokens.
+
+    Raises:
+        ValueError: If the vocabulary sizes differ.
+    """
+    if student_config.vocab_size != teacher_config.vocab_size:
+        raise ValueError(
+            f"the student ({student_config.model_type}) has a vocabulary of {student_config.vocab_size} tokens, the teacher "
+            f"({teacher_config.model_type}) one of {teacher_config.vocab_size}, but both read the same input_ids; take a student with the "
+            "teacher's tokenizer, for example student_from_teacher(teacher, num_layers=3)."
+        )
+
+
+def load_teacher_tokenizer(path: str | os.PathLike) -> Any | None:
+    """The tokenizer saved with a teacher; `None` for a local folder without one."""
+    is_local = os.path.isdir(path)
+    if is_local and not any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        return None
+    return AutoTokenizer.from_pretrained(path)
+
+
+def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+    """The same number of tokens is not yet the same tokens. Nothing is checked against `None`.
+
+    Raises:
+        ValueError: If a token has different ids in the two tokenizers, with examples.
+    """
+    if teacher_tokenizer is None:
+        return
+    student_vocab, teacher_vocab = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if student_vocab != teacher_vocab:
+        different = sorted(t for t in student_vocab.keys() | teacher_vocab.keys() if student_vocab.get(t) != teacher_vocab.get(t))
+        examples = ", ".join(f"{t!r}: {student_vocab.get(t)} and {teacher_vocab.get(t)}" for t in different[:3])
+        raise ValueError(
+            f"student and teacher give different ids to {len(different)} tokens ({examples}), but both read the same input_ids; take "
+            "a student that was made from the teacher or shares its tokenizer."
+        )
+
+
+def label_order(student_config: Any, teacher_config: Any) -> list[int] | None:
+    """Index that puts the teacher's classes in the student's order, by label name; `None` if they are in order.
+
+    Raises:
+        ValueError: If the label names are not the same set.
+    """
+    student_labels, teacher_labels = _label_names(student_config), _label_names(teacher_config)
+    if len(student_labels) == len(teacher_labels) == 1 or student_labels == teacher_labels:
+        return None
+    # Names that differ in case alone ("entailment", "ENTAILMENT") are the same label.
+    folded = {name.casefold(): index for index, name in enumerate(teacher_labels)}
+    if sorted(folded) != sorted(name.casefold() for name in student_labels) or len(folded) != len(teacher_labels):
+        raise ValueError(
+            f"the labels of student and teacher do not fit: {student_labels} and {teacher_labels}; load the student with the teacher's "
+            "labels: from_pretrained(..., id2label=teacher.config.id2label, label2id=teacher.config.label2id)."
+        )
+    order = [folded[name.casefold()] for name in student_labels]
+    return None if order == list(range(len(order))) else order
+
+
+def _label_names(config: Any) -> list[str]:
+    return [str(config.id2label[index]) for index in range(config.num_labels)]

@@ -1,0 +1,230 @@
+"""DistillationTrainer: the wiring between the `Trainer`, a teacher and an objective."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .objective import AttentionTerm, DistillationObjective
+from .signals import Capture, ItemCounts, Teacher, count_items
+from .signals.capture import columns_for, forward_columns
+from .signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer
+from .training_args import DistillationTrainingArguments
+
+
+PROJECTION_NAME = "projection.safetensors"
+
+
+class DistillationTrainer(Trainer):
+    """A [`~transformers.Trainer`] whose student also learns from a teacher.
+
+    Training adds the terms of the objective; evaluation, prediction and saving are those of `Trainer`: no teacher runs, and the saved
+    model is the plain student. The value of each term is logged beside the loss.
+
+    Differs from `Trainer` with gradient accumulation: every term is averaged over the valid items of the whole optimisation step, on
+    all processes, so that ragged batches weigh what they hold.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The student.
+        args ([`DistillationTrainingArguments`] or [`~transformers.TrainingArguments`], *optional*):
+            Plain training arguments get the distillation's defaults.
+        teacher_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
+            The teacher, or the folder or Hub id of one. Needed unless the task term alone is on.
+        objective ([`DistillationObjective`], *optional*): The terms; by default those that `args` describes.
+        kwargs: Everything else that `Trainer` takes.
+
+    Raises:
+        ValueError: Before training, if student, teacher, objective and arguments do not fit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        *trainer_args: Any,
+        teacher_model: PreTrainedModel | str | os.PathLike | None = None,
+        objective: DistillationObjective | None = None,
+        **kwargs: Any,
+    ):
+        args = DistillationTrainingArguments.from_training_arguments(args)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs and would use DataParallel, which does not average terms over what is valid; start "
+                f"one process per GPU: accelerate launch --num_processes {args.n_gpu} script.py."
+            )
+        super().__init__(model, args, *trainer_args, **kwargs)
+        self.distillation_objective = args.objective() if objective is None else objective
+        self.teacher = self._load_teacher(teacher_model)
+        self.distillation_objective.bind(self.model.config, self.teacher and self.teacher.model.config).to(args.device)
+        if self.teacher is not None:
+            self.teacher.watch(self.distillation_objective.teacher_wanted)
+        self.student_columns = forward_columns(self.model)
+        self.capture = Capture(self.model, self.distillation_objective.student_wanted)
+        self._check_gradient_checkpointing()
+        self._prepare_projections()
+        # compute_loss divides by the items of the whole optimisation step, so the Trainer must not divide by the accumulation steps. The
+        # first line tells transformers 4.57, the second 5.x.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._term_sums: dict[str, Tensor] = {}
+        self._steps_in_sums = 0
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns of both models: a DistilBERT student declares no token_type_ids, its BERT teacher reads them."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            if self.teacher is not None:
+                self._signature_columns += sorted((self.teacher.columns or set()) - set(self._signature_columns))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, ItemCounts | None]:
+        """Also count the valid items of the whole optimisation step, over its batches and all processes."""
+        batches, num_labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counts = torch.stack([torch.stack(count_items(batch)) for batch in batches]).sum(dim=0).to(device)
+        counts = self.accelerator.reduce(counts, reduction="sum").clamp(min=1)
+        self._num_labels_in_step = num_labels
+        self._steps_in_sums += 1
+        # DDP averages gradients over the processes: dividing by the mean count makes that the sum over all of them.
+        return batches, ItemCounts(*(counts / self.accelerator.num_processes))
+
+    # Loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        student_inputs = columns_for(self.student_columns, inputs)
+        if not model.training:
+            loss, outputs = super().compute_loss(model, student_inputs, return_outputs=True)
+            return (loss, _without_intermediates(outputs)) if return_outputs else loss
+
+        labels = student_inputs.pop("labels", None)
+        with self.capture:
+            outputs = model(**student_inputs, **self.capture.forward_kwargs)
+        student = self.capture.signals(outputs, student_inputs)
+        teacher = self._teacher_signals(inputs) if self.distillation_objective.needs_teacher else None
+        task_loss = None
+        if self.compute_loss_func is not None:
+            task_loss = self.compute_loss_func(outputs, labels, num_items_in_batch=self._num_labels_in_step)
+            if self.args.average_tokens_across_devices:
+                task_loss = task_loss * self.accelerator.num_processes
+        terms = self._objective(student, teacher, labels, num_items_in_batch, task_loss)
+        self._record(terms)
+        loss = self.distillation_objective.weighted_sum(terms)
+        return (loss, outputs) if return_outputs else loss
+
+    def _teacher_signals(self, inputs: dict[str, Any]) -> Any:
+        # accelerate gives its autocast to the forward of prepared models alone, and the teacher is not prepared.
+        with self.accelerator.autocast():
+            return self.teacher(inputs)
+
+    # Logs
+
+    def _record(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the unweighted value of each term, averaged like the loss over the steps since the last log and the processes."""
+        if "loss" in logs and self._term_sums:
+            values = torch.stack(list(self._term_sums.values())) / max(self._steps_in_sums, 1)
+            values = self.accelerator.reduce(values, reduction="mean").tolist()
+            logs.update(zip(self._term_sums, values, strict=True))
+            self._term_sums, self._steps_in_sums = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    # Projections: trained, clipped, synchronised, saved and restored with the student, and no part of it
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Also train the projections, with the run's learning rate and weight decay."""
+        is_own = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [p for p in self.distillation_objective.parameters() if id(p) not in known]
+        if missing and not is_own:
+            raise ValueError(
+                "the optimizer passed as `optimizers` does not hold the projections of hidden_loss; pass objective=objective after "
+                "objective.bind(student.config, teacher.config), with objective.parameters() in the optimizer."
+            )
+        if missing:
+            optimizer.add_param_group({"params": missing, "weight_decay": self.args.weight_decay})
+        return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.distillation_objective.has_projections:
+            path = os.path.join(resume_from_checkpoint, PROJECTION_NAME)
+            if not os.path.isfile(path):
+                raise ValueError(
+                    f"the checkpoint {resume_from_checkpoint} has no {PROJECTION_NAME}, but hidden_loss needs one between widths "
+                    f"{self.model.config.hidden_size} and {self.teacher.model.config.hidden_size}; resume with the terms it was trained with."
+                )
+            self.distillation_objective.load_state_dict(load_file(path))
+
+    def _prepare_projections(self) -> None:
+        self._objective: nn.Module = self.distillation_objective
+        if not self.distillation_objective.has_projections:
+            return
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"hidden_loss between widths {self.model.config.hidden_size} and {self.teacher.model.config.hidden_size} needs projections, "
+                f"which cannot be trained under {self.accelerator.distributed_type}; use DDP (recipes/accelerate_configs/ddp.yaml)."
+            )
+        self._objective = self.accelerator.prepare_model(self.distillation_objective)
+        self.add_callback(_ProjectionCallback(self.distillation_objective))
+
+    # Checks before training
+
+    def _load_teacher(self, teacher_model: PreTrainedModel | str | os.PathLike | None) -> Teacher | None:
+        if teacher_model is None or not self.distillation_objective.needs_teacher:
+            return None
+        if teacher_model is self.model:
+            raise ValueError("teacher_model and model are one object; load the teacher as a model of its own.")
+        if isinstance(teacher_model, str | os.PathLike):
+            if hasattr(self.processing_class, "get_vocab"):
+                check_tokenizers(self.processing_class, load_teacher_tokenizer(teacher_model))
+            teacher_model = load_teacher(teacher_model)
+        return Teacher(teacher_model, self.model.config, dtype=self.args.teacher_dtype, device=self.args.device)
+
+    def _check_gradient_checkpointing(self) -> None:
+        wants_attention = any(isinstance(term, AttentionTerm) for term in self.distillation_objective.terms)
+        if wants_attention and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs={'use_reentrant': True} drops the gradient of queries and keys, so attention_loss would "
+                "train nothing; set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+
+
+class _ProjectionCallback(TrainerCallback):
+    """Clips the projections with the run's norm, and saves them beside the student of each checkpoint."""
+
+    def __init__(self, objective: DistillationObjective):
+        self.objective = objective
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.objective.parameters(), args.max_grad_norm)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            save_file(self.objective.state_dict(), os.path.join(folder, PROJECTION_NAME))
+
+
+def _without_intermediates(outputs: Any) -> Any:
+    """compute_metrics gets the logits alone: the states of a model configured to return them would fill the memory."""
+    if not isinstance(outputs, dict):
+        return outputs
+    return {name: value for name, value in outputs.items() if name not in ("hidden_states", "attentions")}
