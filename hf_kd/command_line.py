@@ -1,0 +1,61 @@
+"""Reads a YAML file and overriding flags into argument dataclasses."""
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = None, **defaults: Any) -> tuple[Any, ...]:
+    """Parse `[config.yaml] [--flag value ...]`; flags override the file, which overrides `defaults`.
+
+    Args:
+        dataclass_types (sequence of `type`): The argument dataclasses, as for [`~transformers.HfArgumentParser`].
+        argv (sequence of `str`, *optional*): The arguments; those of the process by default.
+        defaults: Values that differ from the dataclasses' own defaults.
+
+    Returns:
+        `tuple`: One instance of each dataclass.
+
+    Raises:
+        ValueError: If the YAML file cannot be read or names an unknown argument.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(dataclass_types)
+    known = {action.dest for action in parser._actions} - {"help"}
+    config = {}
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        config = _read_yaml(Path(argv.pop(0)), known)
+    flags = [*_as_flags(defaults), *_as_flags(config), *argv]
+    return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+
+
+def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"the configuration {path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise ValueError(f"the configuration {path} must hold lines `argument: value`, but holds {type(config).__name__}.")
+    for name in config:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "`--help` lists the arguments."
+            raise ValueError(f"the configuration {path} sets {name!r}, which is no argument; {hint}")
+    return config
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
+    """As flags, YAML values are converted and checked by the one parser: YAML reads `5e-5` as a string."""
+    flags = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        items = value if isinstance(value, list) else [value]
+        flags += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in items)]
+    return flags

@@ -1,0 +1,119 @@
+"""What a run measured, as `results.json` and as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+ROLES = {"teacher": "teacher", "baseline": "student without distillation", "student": "student distilled"}
+_PACKAGES = ("hf-kd", "torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
+
+
+def write_results(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows beside what they were measured with; complete or not at all.
+
+    Args:
+        path (`str`): The file to write.
+        rows (sequence of `dict`):
+            One per model: `role` ("teacher", "baseline" or "student"), `task`, `seed`, `metrics` (split to metric to value), `main_metric`
+            (split and metric), `parameters`, and what else identifies the model.
+    """
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps({"run": describe_run(), "rows": list(rows)}, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_results(path: str | os.PathLike) -> dict[str, Any]:
+    """Read what [`write_results`] wrote."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def describe_run() -> dict[str, Any]:
+    """Command, versions, hardware, threads and commit, without paths or tokens of the user's machine."""
+    return {
+        "command": _command(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "hardware": _hardware(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads_per_process": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One Markdown line per task and role: main metric as mean ± sample standard deviation over seeds, parameters, share retained.
+
+    Args:
+        rows (sequence of `dict`): Rows of one or more results files.
+    """
+    lines = [
+        "| task | model | metric | seeds | value | parameters | retained | labelled rows | unlabelled rows | steps |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        teacher = _values(rows, task, "teacher")
+        for role, name in ROLES.items():
+            values = _values(rows, task, role)
+            if not values:
+                continue
+            row = next(row for row in rows if (row["task"], row["role"]) == (task, role))
+            value = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+            kept = f"{statistics.mean(values) / statistics.mean(teacher):.1%}" if teacher else ""
+            lines.append(
+                f"| {task} | {name} | {row['main_metric']['name']} | {len(values)} | {value} | {row['parameters'] / 1e6:.1f}M | {kept} "
+                f"| {row.get('labeled_rows', '')} | {row.get('unlabeled_rows', '')} | {row.get('steps', '')} |"
+            )
+    return "\n".join(lines)
+
+
+def _values(rows: Sequence[dict[str, Any]], task: str, role: str) -> list[float]:
+    """Main metric in points of 100, once per seed."""
+    by_seed = {row["seed"]: row for row in rows if (row["task"], row["role"]) == (task, role)}
+    return [100 * row["metrics"][row["main_metric"]["split"]][row["main_metric"]["name"]] for row in by_seed.values()]
+
+
+def _command() -> str:
+    """The command line, absolute paths shortened to their last part and tokens left out."""
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", shlex.join(["python", *words]))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{os.cpu_count()} x {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this file is in, `+` for local changes; `None` for an installed package."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")

@@ -1,0 +1,217 @@
+"""Distil a fine-tuned teacher into a smaller student on a GLUE task or on your own files.
+
+accelerate launch recipes/glue_distill.py --task_name sst2 --teacher_model_name_or_path runs/sst2-teacher --student_num_layers 3 \
+    --run_baseline --output_dir runs/sst2-student
+
+A YAML file may come first: `glue_distill.py recipes/configs/sst2.yaml --teacher_model_name_or_path ... --output_dir ...`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from glue_setup import (
+    DataArguments,
+    evaluate_model,
+    label_config,
+    labeled,
+    load_data,
+    measured_splits,
+    result_row,
+    tokenize_data,
+    training_defaults,
+)
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from hf_kd import DistillationObjective, DistillationTrainer, DistillationTrainingArguments, TaskTerm, student_from_teacher
+from hf_kd.command_line import parse_args
+from hf_kd.glue import TextTask, compute_metrics_fn
+from hf_kd.results import format_table, write_results
+from hf_kd.signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer, reorder_labels
+
+
+logger = logging.get_logger("hf_kd.recipes.glue_distill")
+
+
+@dataclass
+class ModelArguments:
+    """The teacher, and how to make the student."""
+
+    teacher_model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a fine-tuned teacher."})
+    teacher_label_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the teacher's classes in its order, where its config says LABEL_0, LABEL_1."}
+    )
+    student_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a pretrained student with the teacher's vocabulary."}
+    )
+    student_num_layers: int | None = field(
+        default=None, metadata={"help": "Copy so many teacher layers, evenly spread. Default: half of them."}
+    )
+    student_layers: list[int] | None = field(
+        default=None, metadata={"help": "Copy these teacher layers, counted from 1, e.g. 2 4 6."}
+    )
+    student_hidden_size: int | None = field(default=None, metadata={"help": "A smaller width; the student starts random."})
+    student_intermediate_size: int | None = field(default=None, metadata={"help": "A smaller feed-forward width."})
+    student_num_attention_heads: int | None = field(default=None, metadata={"help": "Fewer heads."})
+    run_baseline: bool = field(
+        default=False,
+        metadata={"help": "Also train the same student without the teacher, for as many steps, and print both."},
+    )
+    learning_rates: list[float] | None = field(
+        default=None,
+        metadata={"help": "Train student and baseline at each of these and keep the best on the validation split."},
+    )
+
+    def __post_init__(self) -> None:
+        shape = (self.student_layers, self.student_num_layers, self.student_hidden_size)
+        if self.student_model_name_or_path is not None and any(value is not None for value in shape):
+            raise ValueError(
+                f"student_model_name_or_path={self.student_model_name_or_path!r} is a model of its own; drop --student_layers, "
+                "--student_num_layers and --student_hidden_size, or that flag."
+            )
+
+
+def main() -> None:
+    model_args, data_args, args = parse_args(
+        (ModelArguments, DataArguments, DistillationTrainingArguments), **training_defaults(), learning_rate=1e-4
+    )
+    data, task = load_data(data_args, args.seed)
+    teacher = load_task_teacher(model_args, task)
+    tokenizer = load_tokenizer(model_args)
+    data = tokenize_data(data, task, tokenizer, data_args, args)
+    splits = measured_splits(data, task)
+
+    def train(role: str, output_dir: Path, train_dataset: Dataset, **changes: Any) -> tuple[DistillationTrainer, dict[str, Any]]:
+        """Train from the same start at each learning rate; the best on the validation split, and its row."""
+        best, best_score = None, float("-inf")
+        learning_rates = model_args.learning_rates or [args.learning_rate]
+        for learning_rate in learning_rates:
+            folder = output_dir if len(learning_rates) == 1 else output_dir / f"learning_rate_{learning_rate:g}"
+            run_args = dataclasses.replace(args, output_dir=str(folder), learning_rate=learning_rate, **changes)
+            set_seed(args.seed)
+            trainer = DistillationTrainer(
+                model=make_student(model_args, teacher, task),
+                args=run_args,
+                teacher_model=teacher,
+                objective=DistillationObjective([TaskTerm(1.0)]) if role == "baseline" else None,
+                train_dataset=train_dataset,
+                eval_dataset=data[task.validation_splits[0]],
+                processing_class=tokenizer,
+                data_collator=DataCollatorWithPadding(tokenizer),
+                compute_metrics=compute_metrics_fn(task),
+            )
+            trainer.train(resume_from_checkpoint=checkpoint_to_resume(args, folder))
+            trainer.save_model()
+            trainer.save_state()
+            score = evaluate_model(trainer, data, task.validation_splits[:1])[task.validation_splits[0]][task.main_metric]
+            if score > best_score:
+                best, best_score = trainer, score
+        if len(learning_rates) > 1:
+            best.save_model(str(output_dir))
+        num_labeled = len(labeled(train_dataset))
+        row = result_row(
+            role,
+            task,
+            best.args,
+            best.model,
+            evaluate_model(best, data, splits),
+            learning_rate=best.args.learning_rate,
+            learning_rates=learning_rates,
+            steps=best.state.max_steps,
+            labeled_rows=num_labeled,
+            unlabeled_rows=len(train_dataset) - num_labeled,
+            weights={term.name: term.weight for term in best.distillation_objective.terms},
+        )
+        return best, row
+
+    student_trainer, student_row = train("student", Path(args.output_dir), data["train"])
+    rows = [evaluate_teacher(teacher, student_trainer, data, task, splits), student_row]
+    if model_args.run_baseline:
+        # As many steps as the student, on the rows that it can use.
+        _, row = train("baseline", Path(args.output_dir) / "baseline", labeled(data["train"]), max_steps=student_row["steps"])
+        rows.insert(1, row)
+
+    if student_trainer.is_world_process_zero():
+        write_results(Path(args.output_dir) / "results.json", rows)
+        print(format_table(rows))
+
+
+def load_task_teacher(model_args: ModelArguments, task: TextTask) -> PreTrainedModel:
+    """The teacher, its classes in the task's order."""
+    teacher = load_teacher(model_args.teacher_model_name_or_path)
+    if model_args.teacher_label_names is not None:
+        teacher.config.id2label = dict(enumerate(model_args.teacher_label_names))
+    if task.label_names is not None:
+        reorder_labels(teacher, task.label_names)
+    return teacher
+
+
+def load_tokenizer(model_args: ModelArguments) -> Any:
+    """The student's tokenizer, which must be the teacher's."""
+    teacher_tokenizer = load_teacher_tokenizer(model_args.teacher_model_name_or_path)
+    path = model_args.student_model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(path) if path is not None else teacher_tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            f"{model_args.teacher_model_name_or_path} holds no tokenizer; save it there with tokenizer.save_pretrained(folder)."
+        )
+    check_tokenizers(tokenizer, teacher_tokenizer)
+    return tokenizer
+
+
+def make_student(model_args: ModelArguments, teacher: PreTrainedModel, task: TextTask) -> PreTrainedModel:
+    """A fresh student, the same one after the same `set_seed`."""
+    if model_args.student_model_name_or_path is not None:
+        return AutoModelForSequenceClassification.from_pretrained(model_args.student_model_name_or_path, **label_config(task))
+    num_layers = model_args.student_num_layers
+    if num_layers is None and model_args.student_layers is None:
+        num_layers = max(1, teacher.config.num_hidden_layers // 2)
+    return student_from_teacher(
+        teacher,
+        layers=model_args.student_layers,
+        num_layers=num_layers,
+        hidden_size=model_args.student_hidden_size,
+        intermediate_size=model_args.student_intermediate_size,
+        num_attention_heads=model_args.student_num_attention_heads,
+    )
+
+
+def evaluate_teacher(
+    teacher: PreTrainedModel, trainer: DistillationTrainer, data: DatasetDict, task: TextTask, splits: tuple[str, ...]
+) -> dict[str, Any]:
+    """The teacher's row, measured as the student is."""
+    teacher_trainer = DistillationTrainer(
+        model=teacher,
+        args=trainer.args,
+        objective=DistillationObjective([TaskTerm(1.0)]),
+        processing_class=trainer.processing_class,
+        data_collator=trainer.data_collator,
+        compute_metrics=trainer.compute_metrics,
+    )
+    return result_row("teacher", task, trainer.args, teacher, evaluate_model(teacher_trainer, data, splits))
+
+
+def checkpoint_to_resume(args: DistillationTrainingArguments, folder: Path) -> str | None:
+    """`--resume_from_checkpoint true` means the newest checkpoint of each run's own folder, if there is one."""
+    asked = args.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        return None
+    if asked.lower() == "true":
+        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return asked if Path(asked).resolve().parent == folder.resolve() else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Fine-tune an encoder on a GLUE task or on your own files: a teacher, or a baseline.
+
+accelerate launch recipes/glue_finetune.py --task_name sst2 --model_name_or_path google-bert/bert-base-uncased --output_dir runs/sst2-teacher
+
+A YAML file may come first: `glue_finetune.py recipes/configs/finetune/sst2.yaml --output_dir runs/sst2-teacher`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from glue_setup import (
+    DataArguments,
+    evaluate_model,
+    label_config,
+    labeled,
+    load_data,
+    measured_splits,
+    result_row,
+    tokenize_data,
+    training_defaults,
+)
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_kd.command_line import parse_args
+from hf_kd.glue import compute_metrics_fn
+from hf_kd.results import format_table, write_results
+
+
+@dataclass
+class ModelArguments:
+    """What to fine-tune."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a pretrained encoder."})
+    role: str = field(default="teacher", metadata={"help": "Its role in results.json: teacher or baseline."})
+
+
+def main() -> None:
+    model_args, data_args, args = parse_args(
+        (ModelArguments, DataArguments, TrainingArguments), **training_defaults(), learning_rate=5e-5
+    )
+    set_seed(args.seed)
+
+    data, task = load_data(data_args, args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    model = AutoModelForSequenceClassification.from_pretrained(model_args.model_name_or_path, **label_config(task))
+    data = tokenize_data(data, task, tokenizer, data_args, args)
+    data["train"] = labeled(data["train"])
+
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data["train"],
+        eval_dataset=data[task.validation_splits[0]],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics_fn(task),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.save_model()
+    trainer.save_state()
+
+    metrics = evaluate_model(trainer, data, measured_splits(data, task))
+    if trainer.is_world_process_zero():
+        row = result_row(
+            model_args.role,
+            task,
+            args,
+            model,
+            metrics,
+            learning_rate=args.learning_rate,
+            steps=trainer.state.max_steps,
+            labeled_rows=len(data["train"]),
+        )
+        write_results(Path(args.output_dir) / "results.json", [row])
+        print(format_table([row]))
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """`--resume_from_checkpoint true` means the newest checkpoint of the output folder, if there is one."""
+    asked = args.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        return None
+    return get_last_checkpoint(args.output_dir) if asked.lower() == "true" else asked
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What the two GLUE recipes share: the arguments about data, reading the data, evaluating a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import DatasetDict, concatenate_datasets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from hf_kd.compat import length_grouping, use_bf16
+from hf_kd.demo_task import generate_demo_task
+from hf_kd.glue import (
+    GLUE_TASKS,
+    UNLABELED,
+    TextTask,
+    load_glue,
+    load_text_files,
+    load_unlabeled_file,
+    tokenize,
+)
+
+
+@dataclass
+class DataArguments:
+    """Which data to train and evaluate on; names are those of `run_glue.py` where it has them."""
+
+    task_name: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(GLUE_TASKS)}, or `demo`, a task that is generated from a seed."}
+    )
+    glue_dir: str | None = field(
+        default=None, metadata={"help": "Folder in the official glue_data layout (SST-2/train.tsv ...) in place of the Hub."}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Your own CSV, TSV or JSON file to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "Your own CSV, TSV or JSON file to evaluate on."})
+    unlabeled_file: str | None = field(
+        default=None, metadata={"help": "CSV, TSV, JSON or TXT file with texts alone, from which the teacher teaches."}
+    )
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "The one or two text columns of your own files. Default: guessed where it is clear."}
+    )
+    label_column: str | None = field(default=None, metadata={"help": "The label column of your own files. Default: label."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens per example, > 2; longer texts are cut."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows after a shuffle."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows."})
+
+    def __post_init__(self) -> None:
+        has_files = self.train_file is not None or self.validation_file is not None
+        if (self.task_name is None) != has_files:
+            raise ValueError(
+                f"task_name={self.task_name!r}, train_file={self.train_file!r}, validation_file={self.validation_file!r}: give --task_name, "
+                "or --train_file and --validation_file."
+            )
+        if has_files and (self.train_file is None or self.validation_file is None):
+            raise ValueError("your own data needs both files: --train_file train.csv --validation_file dev.csv.")
+        if self.task_name is not None and self.task_name not in (*GLUE_TASKS, "demo"):
+            raise ValueError(f"task_name={self.task_name!r} must be one of {', '.join(GLUE_TASKS)}, demo.")
+        for name, lowest in (("max_seq_length", 3), ("max_train_samples", 1), ("max_eval_samples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"{name}={value} must be at least {lowest}.")
+
+
+def training_defaults() -> dict[str, Any]:
+    """Where the recipes' training arguments differ from `TrainingArguments`."""
+    return {
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 128,
+        "num_train_epochs": 3,
+        "logging_steps": 50,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "report_to": "none",
+        "bf16": use_bf16(),
+        **length_grouping(),
+    }
+
+
+def load_data(args: DataArguments, seed: int) -> tuple[DatasetDict, TextTask]:
+    """The task's splits with text columns and `label`; unlabelled rows (-100) are part of `train`.
+
+    A split `test` is what a task is measured on, if it has one; learning rates are chosen on the validation split.
+    """
+    if args.task_name == "demo":
+        data, task = generate_demo_task()
+    elif args.task_name is not None:
+        data, task = load_glue(args.task_name, args.glue_dir), GLUE_TASKS[args.task_name]
+    else:
+        data, task = load_text_files(args.train_file, args.validation_file, args.text_columns, args.label_column)
+    if args.max_train_samples is not None:
+        data["train"] = data["train"].shuffle(seed=seed).select(range(min(args.max_train_samples, len(data["train"]))))
+    for split in set(data) - {"train", "unlabeled"}:
+        if args.max_eval_samples is not None:
+            data[split] = data[split].select(range(min(args.max_eval_samples, len(data[split]))))
+    pools = [data.pop("unlabeled")] if "unlabeled" in data else []
+    pools += [load_unlabeled_file(args.unlabeled_file, task)] if args.unlabeled_file else []
+    data["train"] = concatenate_datasets([data["train"], *(pool.cast(data["train"].features) for pool in pools)])
+    return data, task
+
+
+def tokenize_data(
+    data: DatasetDict, task: TextTask, tokenizer: PreTrainedTokenizerBase, args: DataArguments, training_args: TrainingArguments
+) -> DatasetDict:
+    """Tokenize on the first process while the others wait for its cache."""
+    with training_args.main_process_first(desc="tokenizing"):
+        return tokenize(data, task, tokenizer, args.max_seq_length)
+
+
+def labeled(dataset: Any) -> Any:
+    """The rows that have a label."""
+    is_labeled = np.flatnonzero(np.asarray(dataset.with_format("numpy")["labels"]) != UNLABELED)
+    return dataset if len(is_labeled) == len(dataset) else dataset.select(is_labeled)
+
+
+def measured_splits(data: DatasetDict, task: TextTask) -> tuple[str, ...]:
+    """The splits a model is measured on, the one that ranks models first."""
+    return ("test",) if "test" in data else task.validation_splits
+
+
+def evaluate_model(trainer: Trainer, data: DatasetDict, splits: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Metrics by split, without the prefix and the timings that `Trainer.evaluate` adds."""
+    metrics = {}
+    for split in splits:
+        found = trainer.evaluate(data[split], metric_key_prefix=split)
+        timings = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
+        metrics[split] = {
+            name.removeprefix(f"{split}_"): value
+            for name, value in found.items()
+            if name.startswith(f"{split}_") and not name.endswith(timings)
+        }
+    return metrics
+
+
+def label_config(task: TextTask) -> dict[str, Any]:
+    """The label arguments of `from_pretrained` for a task."""
+    if task.label_names is None:
+        return {"num_labels": 1}
+    return {
+        "num_labels": task.num_labels,
+        "id2label": dict(enumerate(task.label_names)),
+        "label2id": {name: index for index, name in enumerate(task.label_names)},
+    }
+
+
+def result_row(
+    role: str, task: TextTask, args: TrainingArguments, model: PreTrainedModel, metrics: dict[str, dict[str, float]], **more: Any
+) -> dict[str, Any]:
+    """One row of `results.json`."""
+    return {
+        "role": role,
+        "task": task.name,
+        "seed": args.seed,
+        "metrics": metrics,
+        "main_metric": {"split": next(iter(metrics)), "name": task.main_metric},
+        "parameters": model.num_parameters(),
+        "layers": model.config.num_hidden_layers,
+        **more,
+    }
