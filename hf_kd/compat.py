@@ -15,16 +15,20 @@ def length_grouping() -> dict[str, Any]:
     return {"group_by_length": True} if "group_by_length" in names else {"train_sampling_strategy": "group_by_length"}
 
 
-def use_bf16() -> bool:
-    """Whether to train in bf16 where nobody said otherwise: the hardware has bf16 arithmetic and the launcher chose no precision.
+def hardware_defaults() -> dict[str, bool]:
+    """The training arguments `use_cpu` and `bf16` where nobody said otherwise: bf16 where the hardware computes in it.
 
     `accelerate launch --mixed_precision bf16` (or `fp16`) rules; it writes "no" both by default and when asked to, so that full
     precision on such hardware is asked for with `--bf16 false`.
     """
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        return False
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.accelerator.is_available()
+    launcher_chose = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    return {"use_cpu": use_cpu, "bf16": not launcher_chose and _computes_in_bf16(use_cpu)}
+
+
+def _computes_in_bf16(use_cpu: bool) -> bool:
+    if not use_cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     # torch has no public name for these yet: https://github.com/pytorch/pytorch/blob/main/torch/cpu/__init__.py
     checks = (getattr(torch.cpu, name, bool) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(check() for check in checks)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +24,8 @@ logger = logging.get_logger(__name__)
 
 UNLABELED = -100  # the label of a row without one; cross-entropy ignores it, a squared error has to be told
 
-
-@dataclass(frozen=True)
-class ArchiveFiles:
-    """
-    How the official `glue_data` archive stores a task.
-
-    Args:
-        folder (`str`): Subfolder with `train.tsv` and the `dev*.tsv` files.
-        text_columns (`tuple[str, ...]`): The files' columns that become the task's text columns, in that order.
-        label_column (`str`, *optional*, defaults to `"label"`): The files' column that becomes `label`.
-        header (`tuple[str, ...]`, *optional*): Column names of files without a header line.
-        has_label_names (`bool`, *optional*, defaults to `False`): Labels are written as names rather than as indices.
-        has_broken_rows (`bool`, *optional*, defaults to `False`): Some rows are cut by a line break inside a text.
-    """
-
-    folder: str
-    text_columns: tuple[str, ...]
-    label_column: str = "label"
-    header: tuple[str, ...] | None = None
-    has_label_names: bool = False
-    has_broken_rows: bool = False
+Row = tuple[str, dict[str, Any]]  # where it stands ("train.csv, line 3"), for error messages; its values by column
+Label = tuple[str, Any]  # where it stands; what the file says
 
 
 @dataclass(frozen=True)
@@ -59,7 +41,6 @@ class TextTask:
         main_metric (`str`): The metric that ranks models; `"combined_score"` is the mean of several `metric_names`.
         validation_splits (`tuple[str, ...]`, *optional*, defaults to `("validation",)`): Labelled splits kept out of
             training.
-        archive (`ArchiveFiles`, *optional*): The task's files in the official `glue_data` archive.
     """
 
     name: str
@@ -68,7 +49,6 @@ class TextTask:
     metric_names: tuple[str, ...]
     main_metric: str
     validation_splits: tuple[str, ...] = ("validation",)
-    archive: ArchiveFiles | None = None
 
     @property
     def is_regression(self) -> bool:
@@ -79,9 +59,28 @@ class TextTask:
         return 1 if self.label_names is None else len(self.label_names)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GlueTask(TextTask):
+    """
+    A GLUE task, with how the official `glue_data` archive stores it.
+
+    Args:
+        folder (`str`): Subfolder with `train.tsv` and the `dev*.tsv` files.
+        archive_text (`tuple[str, ...]`, *optional*): The files' names for the `text_columns`, where they differ.
+        archive_label (`str`, *optional*, defaults to `"label"`): The files' name for `label`.
+        archive_header (`tuple[str, ...]`, *optional*): Column names of files without a header line.
+        has_broken_rows (`bool`, *optional*, defaults to `False`): Some rows are cut by a line break inside a text.
+    """
+
+    folder: str
+    archive_text: tuple[str, ...] = ()
+    archive_label: str = "label"
+    archive_header: tuple[str, ...] = ()
+    has_broken_rows: bool = False
+
+
 _SENTENCE = ("sentence",)
 _PAIR = ("sentence1", "sentence2")
-_QUESTIONS = ("question1", "question2")
 _ENTAILMENT = ("entailment", "not_entailment")
 _ACCURACY = (("accuracy",), "accuracy")
 _ACCURACY_F1 = (("accuracy", "f1"), "combined_score")
@@ -89,45 +88,38 @@ _MATTHEWS = (("matthews_correlation",), "matthews_correlation")
 _CORRELATIONS = (("pearson", "spearmanr"), "combined_score")
 
 # Columns and label order are those of the Hub dataset, so that index 0 means the same to a teacher trained on it.
-GLUE_TASKS: dict[str, TextTask] = {
-    "cola": TextTask(
+_TASKS = (
+    GlueTask(
         *("cola", _SENTENCE, ("unacceptable", "acceptable"), *_MATTHEWS),
-        archive=ArchiveFiles("CoLA", _SENTENCE, header=("source", "label", "mark", "sentence")),
+        folder="CoLA",
+        archive_header=("source", "label", "mark", "sentence"),
     ),
-    "sst2": TextTask(
-        *("sst2", _SENTENCE, ("negative", "positive"), *_ACCURACY),
-        archive=ArchiveFiles("SST-2", _SENTENCE),
-    ),
-    "mrpc": TextTask(
+    GlueTask("sst2", _SENTENCE, ("negative", "positive"), *_ACCURACY, folder="SST-2"),
+    GlueTask(
         *("mrpc", _PAIR, ("not_equivalent", "equivalent"), *_ACCURACY_F1),
-        archive=ArchiveFiles("MRPC", ("#1 String", "#2 String"), "Quality"),
+        folder="MRPC",
+        archive_text=("#1 String", "#2 String"),
+        archive_label="Quality",
     ),
-    "stsb": TextTask(
-        *("stsb", _PAIR, None, *_CORRELATIONS),
-        archive=ArchiveFiles("STS-B", _PAIR, "score"),
+    GlueTask("stsb", _PAIR, None, *_CORRELATIONS, folder="STS-B", archive_label="score"),
+    GlueTask(
+        *("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), *_ACCURACY_F1),
+        folder="QQP",
+        archive_label="is_duplicate",
+        has_broken_rows=True,
     ),
-    "qqp": TextTask(
-        *("qqp", _QUESTIONS, ("not_duplicate", "duplicate"), *_ACCURACY_F1),
-        archive=ArchiveFiles("QQP", _QUESTIONS, "is_duplicate", has_broken_rows=True),
-    ),
-    "mnli": TextTask(
+    GlueTask(
         *("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), *_ACCURACY),
         validation_splits=("validation_matched", "validation_mismatched"),
-        archive=ArchiveFiles("MNLI", _PAIR, "gold_label", has_label_names=True),
+        folder="MNLI",
+        archive_text=_PAIR,
+        archive_label="gold_label",
     ),
-    "qnli": TextTask(
-        *("qnli", ("question", "sentence"), _ENTAILMENT, *_ACCURACY),
-        archive=ArchiveFiles("QNLI", ("question", "sentence"), has_label_names=True),
-    ),
-    "rte": TextTask(
-        *("rte", _PAIR, _ENTAILMENT, *_ACCURACY),
-        archive=ArchiveFiles("RTE", _PAIR, has_label_names=True),
-    ),
-    "wnli": TextTask(
-        *("wnli", _PAIR, ("not_entailment", "entailment"), *_ACCURACY),
-        archive=ArchiveFiles("WNLI", _PAIR),
-    ),
-}
+    GlueTask("qnli", ("question", "sentence"), _ENTAILMENT, *_ACCURACY, folder="QNLI"),
+    GlueTask("rte", _PAIR, _ENTAILMENT, *_ACCURACY, folder="RTE"),
+    GlueTask("wnli", _PAIR, ("not_entailment", "entailment"), *_ACCURACY, folder="WNLI"),
+)
+GLUE_TASKS: dict[str, GlueTask] = {task.name: task for task in _TASKS}
 
 
 # GLUE: from the Hub, or from the official archive
@@ -166,60 +158,48 @@ def load_glue(
     try:
         hub_data = datasets.load_dataset("nyu-mll/glue", task_name, cache_dir=cache_dir and str(cache_dir))
     except ConnectionError as error:
-        raise ConnectionError(f"{error}. Offline, give the folder of the official GLUE files as `glue_dir`.") from error
+        raise ConnectionError(
+            f"{error}. Offline, give the folder of the official GLUE files as `glue_dir`."
+        ) from error
     features = _features(task)
     return DatasetDict({split: hub_data[split].select_columns(list(features)).cast(features) for split in splits})
 
 
-def _read_archive_file(task: TextTask, glue_dir: Path, split: str) -> Dataset:
-    files = task.archive
-    path = glue_dir / files.folder / f"{split.replace('validation', 'dev')}.tsv"
+def _read_archive_file(task: GlueTask, glue_dir: Path, split: str) -> Dataset:
+    path = glue_dir / task.folder / f"{split.replace('validation', 'dev')}.tsv"
     if not path.is_file():
         raise ValueError(
-            f"{path} does not exist. `glue_dir` is the folder that holds {files.folder}/; for evaluation without "
+            f"{path} does not exist. `glue_dir` is the folder that holds {task.folder}/; for evaluation without "
             f"training data use `splits={list(task.validation_splits)}`."
         )
-    label_keys = task.label_names if files.has_label_names else [str(index) for index in range(task.num_labels)]
-    label_ids = {key: index for index, key in enumerate(label_keys)}
-    columns, labels, broken_lines = [[] for _ in task.text_columns], [], []
-    header = files.header
-    # The archive is unquoted: a line is a row and every tab separates. Only "\n" ends a line, texts may hold "\r".
+    rows = _read_rows(path, {".tsv": partial(_read_archive_rows, task=task)})
+    archive_columns = zip(task.text_columns, task.archive_text or task.text_columns, strict=True)
+    texts = {column: [row[archive_column] for _, row in rows] for column, archive_column in archive_columns}
+    labels = [(where, row[task.archive_label]) for where, row in rows]
+    _require_labels(labels)
+    return _dataset(task, texts, labels)
+
+
+def _read_archive_rows(path: Path, task: GlueTask) -> Iterator[Row]:
+    header, broken_lines = list(task.archive_header), []
+    # The archive is unquoted: every tab separates. Only "\n" ends a row, because texts may hold other line breaks.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for line_number, line in enumerate(_decoded(file, path), start=1):
+        for number, line in enumerate(file, start=1):
             values = line.rstrip("\r\n").split("\t")
-            if header is None:
-                header = tuple(values)
-                _require_columns(path, header, (*files.text_columns, files.label_column))
-                continue
-            if values == [""]:
-                continue
-            where = f"{path}, line {line_number}"
-            if len(values) != len(header):
-                if files.has_broken_rows:
-                    broken_lines.append(line_number)
-                    continue
+            if not header:
+                header = values
+                _require_columns(path, header, (*(task.archive_text or task.text_columns), task.archive_label))
+            elif len(values) == len(header):
+                yield f"{path}, line {number}", dict(zip(header, values, strict=True))
+            elif task.has_broken_rows:
+                broken_lines.append(number)
+            elif values != [""]:
                 raise ValueError(
-                    f"{where}: {len(values)} tab-separated columns, but needs {len(header)} ({', '.join(header)}). "
-                    "Restore the official file, or remove the line."
+                    f"{path}, line {number}: {len(values)} tab-separated columns, but {len(header)} are needed "
+                    f"({', '.join(header)}). Restore the official file, or remove the line."
                 )
-            row = dict(zip(header, values, strict=True))
-            label = row[files.label_column]
-            if task.is_regression:
-                labels.append(_finite_score(label, where))
-            elif label in label_ids:
-                labels.append(label_ids[label])
-            else:
-                raise ValueError(
-                    f"{where}: `{files.label_column}` is {label!r}, but needs one of {list(label_ids)}. The public test "
-                    "files carry no labels; restore the official train/dev file, or correct the line."
-                )
-            for column, name in zip(columns, files.text_columns, strict=True):
-                column.append(row[name])
-    if not labels:
-        raise ValueError(f"{path} has no rows; restore the official file.")
     if broken_lines:
         logger.warning(f"{path}: dropped {len(broken_lines)} broken rows, the first at line {broken_lines[0]}.")
-    return _dataset(task, columns, labels)
 
 
 # Data of the user's own
@@ -239,84 +219,99 @@ def load_text_files(
 
     Args:
         train_file (`str` or `Path`): Rows to train on.
-        validation_file (`str` or `Path`): Rows to evaluate on; every one has a label, and each occurs in training.
+        validation_file (`str` or `Path`): Rows to evaluate on, all of them labelled with classes that training has.
         text_columns (`Sequence[str]`, *optional*): One or two columns. Defaults to `sentence1` and `sentence2` if the
             file has both, else to every column but the label if those are one or two.
         label_column (`str`, *optional*, defaults to `"label"`): Column of the label.
-        label_names (`Sequence[str]`, *optional*): Class names in index order; labels in the files are these names or
-            indices into them. Defaults to the sorted labels of the training file. Without it, labels with a decimal
-            fraction, or typed as floats in JSON, make the task a regression.
+        label_names (`Sequence[str]`, *optional*): Class names in index order; labels in the files are these names, or
+            indices into them. Defaults to the sorted labels of the training file. Without it, numbers that are not
+            whole, or that JSON types as floats, make the task a regression.
 
     Returns:
         `tuple[DatasetDict, TextTask]`: The splits `train` and `validation`, as [`load_glue`] gives them; the task.
 
     Raises:
-        `ValueError`: For a file that cannot be read exactly as it stands, naming the row and the fix.
+        `ValueError`: For a file that does not say exactly one thing, naming the row and the fix.
     """
     label_column = label_column or "label"
     train_file, validation_file = Path(train_file), Path(validation_file)
-    train_columns, train_rows = _read_rows(train_file)
-    columns, validation_rows = _read_rows(validation_file)
-    _require_columns(train_file, train_columns, (label_column,), flag="--label_column")
-    text_columns = _choose_text_columns(train_file, train_columns, text_columns, label_column)
-    _require_columns(validation_file, columns, (*text_columns, label_column))
+    train_rows, validation_rows = _read_rows(train_file), _read_rows(validation_file)
+    columns = _column_names(train_rows)
+    _require_columns(train_file, columns, [label_column], fix="name it with `--label_column`")
+    text_columns = _choose_text_columns(train_file, columns, text_columns, label_column)
+    _require_columns(validation_file, _column_names(validation_rows), [*text_columns, label_column])
 
     train_labels = [(where, row.get(label_column)) for where, row in train_rows]
     validation_labels = [(where, row.get(label_column)) for where, row in validation_rows]
-    given = [(where, label) for where, label in train_labels if not _is_missing(label)]
-    if not given:
-        raise ValueError(f"{train_file}: no row has a `{label_column}`; some are needed to know the classes.")
-    for where, label in validation_labels:
-        if _is_missing(label):
-            raise ValueError(f"{where}: `{label_column}` is empty; label the row, or remove it from validation.")
+    _require_labels(validation_labels)
+    given_labels = [(where, label) for where, label in train_labels if _class_name(label)]
     if label_names is None:
-        label_names = _infer_label_names(given)
-    elif len(set(label_names)) < max(2, len(label_names)):
-        raise ValueError(f"label_names={list(label_names)}; give two or more different names.")
-
-    is_regression = label_names is None
-    task = TextTask(
-        name="custom",
-        text_columns=text_columns,
-        label_names=None if is_regression else tuple(label_names),
-        metric_names=("pearson", "spearmanr") if is_regression else ("accuracy", "f1_macro"),
-        main_metric="combined_score" if is_regression else "accuracy",
-    )
-    if not is_regression and len(classes := {_label_value(task, *label) for label in given}) < 2:
+        label_names = _infer_label_names(given_labels)
+    if label_names is None:
+        task = TextTask("custom", text_columns, None, *_CORRELATIONS)
+    else:
+        task = TextTask("custom", text_columns, tuple(label_names), ("accuracy", "f1_macro"), "accuracy")
+    if len(classes := set(_label_values(task, given_labels))) < 2:
         raise ValueError(
-            f"{train_file}: every `{label_column}` is {task.label_names[classes.pop()]!r}; two or more classes are needed."
+            f"{train_file}: `{label_column}` has {len(classes)} different values in {len(train_rows)} rows, but two are "
+            "needed to learn from; add rows of the other classes."
         )
-    if len(given) < len(train_rows):
-        logger.warning(f"{train_file}: {len(train_rows) - len(given)} of {len(train_rows)} rows have no label.")
+    if len(given_labels) < len(train_rows):
+        logger.warning(f"{train_file}: {len(train_rows) - len(given_labels)} of {len(train_rows)} rows have no label.")
     data = DatasetDict(
-        train=_dataset_from_rows(task, train_rows, train_labels),
-        validation=_dataset_from_rows(task, validation_rows, validation_labels),
+        train=_dataset(task, _text_values(task, train_rows), train_labels),
+        validation=_dataset(task, _text_values(task, validation_rows), validation_labels),
     )
     return data, task
 
 
 def load_unlabeled_file(path: str | Path, task: TextTask) -> Dataset:
     """
-    Load texts to distil on: `.csv`, `.tsv`, `.json` or `.jsonl`, or for single texts `.txt` with one text per line.
+    Load texts to distil on from `.csv`, `.tsv`, `.json`, `.jsonl`, or for single texts `.txt` with one text per line.
 
     Args:
-        path (`str` or `Path`): The file. Labels in it are not read.
-        task (`TextTask`): Its text columns are needed; for single texts a sole column may have any name.
+        path (`str` or `Path`): The file. A `label` column in it is not read.
+        task (`TextTask`): Names the needed columns; for single texts a sole column may have any name.
 
     Returns:
-        `Dataset`: `task.text_columns` and `label`, which is `UNLABELED` in every row.
+        `Dataset`: `task.text_columns`, and `label`, which is `UNLABELED` in every row.
     """
     path = Path(path)
-    columns, rows = _read_rows(path, _READERS | {".txt": _read_lines})
-    others = [column for column in columns if column != "label"]
-    if len(task.text_columns) == len(others) == 1:
-        rows = [(where, {task.text_columns[0]: row.get(others[0])}) for where, row in rows]
+    rows = _read_rows(path, _READERS | {".txt": _read_lines})
+    columns = [column for column in _column_names(rows) if column != "label"]
+    if len(columns) == len(task.text_columns) == 1:
+        rows = [(where, {task.text_columns[0]: row.get(columns[0])}) for where, row in rows]
     else:
         _require_columns(path, columns, task.text_columns)
-    return _dataset_from_rows(task, rows, [(where, None) for where, _ in rows])
+    return _dataset(task, _text_values(task, rows), [(where, None) for where, _ in rows])
 
 
-Row = tuple[str, dict[str, Any]]  # where it stands ("file, line 3") for error messages, and its values by column
+def _choose_text_columns(
+    path: Path, columns: list[str], text_columns: Sequence[str] | None, label_column: str
+) -> tuple[str, ...]:
+    others = [column for column in columns if column != label_column]
+    if text_columns is None:
+        text_columns = _PAIR if set(_PAIR) <= set(others) else others
+    _require_columns(path, others, text_columns, fix="name one or two of them with `--text_columns`")
+    if len(text_columns) not in (1, 2) or len(set(text_columns)) < len(text_columns):
+        raise ValueError(
+            f"{path}: the text columns are {list(text_columns)}, but one text or a pair is needed; name one or two of "
+            f"{others} with `--text_columns`."
+        )
+    return tuple(text_columns)
+
+
+def _infer_label_names(labels: list[Label]) -> list[str] | None:
+    names = {_class_name(label) for _, label in labels}
+    numbers = [number for name in names if (number := _as_float(name)) is not None]
+    if len(numbers) < len(names):
+        return sorted(names)
+    if any(isinstance(label, float) for _, label in labels) or not all(number.is_integer() for number in numbers):
+        return None
+    return sorted(names, key=int)
+
+
+# Rows of any file
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
@@ -331,14 +326,14 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
                 where = f"{path}, line {reader.line_num}"
                 if values and len(values) != len(header):
                     raise ValueError(
-                        f"{where}: {len(values)} columns, but the header has {len(header)} ({', '.join(header)}). Quote "
-                        f"texts that contain {delimiter!r}, or save as .jsonl."
+                        f"{where}: {len(values)} columns, but the header has {len(header)} ({', '.join(header)}). "
+                        f"Quote texts that contain {delimiter!r}, or save as .jsonl."
                     )
                 if values:
                     yield where, dict(zip(header, values, strict=True))
         except csv.Error as error:
             raise ValueError(
-                f"{path}, line {reader.line_num}: {error}. Enclose texts with quotes in them in quotes and double the "
+                f"{path}, line {reader.line_num}: {error}. Put texts that contain quotes in quotes and double the "
                 "inner ones, or save as .jsonl."
             ) from None
 
@@ -350,16 +345,15 @@ def _read_tsv(path: Path) -> Iterator[Row]:
 def _read_json(path: Path) -> Iterator[Row]:
     text = path.read_text(encoding="utf-8-sig")
     is_list = text.lstrip().startswith("[")
+    where = str(path)
     try:
-        where = str(path)
-        items = enumerate(json.loads(text) if is_list else text.split("\n"), start=1)
-        for number, item in items:
+        for number, item in enumerate(json.loads(text) if is_list else text.split("\n"), start=1):
             where = f"{path}, {'item' if is_list else 'line'} {number}"
             if not is_list and not item.strip():
                 continue
             row = item if is_list else json.loads(item)
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: found {row!r:.60}, but needs an object of column names and values.")
+                raise ValueError(f"{where}: {row!r:.60}, but an object of column names and values is needed.")
             yield where, row
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {error}. Write one object per line, or one list of objects.") from None
@@ -372,4 +366,207 @@ def _read_lines(path: Path) -> Iterator[Row]:
                 yield f"{path}, line {number}", {"text": line.strip()}
 
 
+_READERS: dict[str, Callable[[Path], Iterator[Row]]]
 _READERS = {".csv": _read_csv, ".tsv": _read_tsv, ".json": _read_json, ".jsonl": _read_json}
+
+
+def _read_rows(path: Path, readers: dict[str, Callable[[Path], Iterator[Row]]] = _READERS) -> list[Row]:
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: the name has to end in {', '.join(readers)}, which says how to read it.")
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; check the path (the working folder is {Path.cwd()}).")
+    try:
+        rows = list(readers[path.suffix](path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); convert it, e.g. with `iconv -f latin1 -t utf-8`.") from None
+    if not rows:
+        raise ValueError(f"{path} has no rows; give it one or more (below a header line in .csv and .tsv).")
+    return rows
+
+
+def _column_names(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(column for _, row in rows for column in row))  # JSON may leave out what is empty
+
+
+def _require_columns(
+    path: Path, columns: Sequence[str], needed: Sequence[str], fix: str = "rename its columns"
+) -> None:
+    if missing := [column for column in needed if column not in columns]:
+        raise ValueError(f"{path} has the columns {list(columns)}, but {missing} is needed; {fix}.")
+
+
+def _text_values(task: TextTask, rows: list[Row]) -> dict[str, list[str]]:
+    for where, row in rows:
+        for column in task.text_columns:
+            text = row.get(column)
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{where}: `{column}` is {text!r}, but a text is needed; fill it, or remove the row.")
+    return {column: [row[column] for _, row in rows] for column in task.text_columns}
+
+
+def _as_float(name: str) -> float | None:
+    try:
+        return float(name)
+    except ValueError:
+        return None
+
+
+def _class_name(label: Any) -> str:
+    """`1`, `"1"` and `"1.0"` are one class: whole numbers with a gap come out of a spreadsheet as `"1.0"`."""
+    name = "" if label is None or label != label else str(label).strip()
+    number = _as_float(name)
+    return str(int(number)) if number is not None and number.is_integer() else name
+
+
+def _label_values(task: TextTask, labels: list[Label]) -> list[int | float]:
+    """Indices into `label_names`, or scores; `UNLABELED` where the label is missing."""
+    names = task.label_names or ()
+    label_ids = {str(index): index for index in range(len(names))}
+    label_ids |= {_class_name(name): index for index, name in enumerate(names)}
+    values: list[int | float] = []
+    for where, label in labels:
+        name = _class_name(label)
+        if not name:
+            values.append(UNLABELED)
+        elif task.is_regression:
+            score = _as_float(name)
+            if score is None or not math.isfinite(score):
+                raise ValueError(f"{where}: the score is {label!r}, but a finite number is needed; correct the row.")
+            values.append(score)
+        elif name in label_ids:
+            values.append(label_ids[name])
+        else:
+            raise ValueError(
+                f"{where}: the label is {label!r}, but one of {list(names)} is needed; correct the row (files of a "
+                "public test set carry no labels)."
+            )
+    return values
+
+
+def _require_labels(labels: list[Label]) -> None:
+    for where, label in labels:
+        if not _class_name(label):
+            raise ValueError(f"{where}: the label is empty; label the row, or remove it.")
+
+
+def _features(task: TextTask) -> datasets.Features:
+    # Plain integers: the `ClassLabel` of the Hub's data refuses UNLABELED, and cannot be concatenated with these.
+    texts = {column: datasets.Value("string") for column in task.text_columns}
+    return datasets.Features({**texts, "label": datasets.Value("float32" if task.is_regression else "int64")})
+
+
+def _dataset(task: TextTask, texts: dict[str, list[str]], labels: list[Label]) -> Dataset:
+    # Not `Dataset.from_generator`: its cache is keyed by the path, so an edited file would load as it was before.
+    return Dataset.from_dict({**texts, "label": _label_values(task, labels)}, features=_features(task))
+
+
+# From texts to model inputs, and from logits to metrics
+
+
+def tokenize(
+    data: Dataset | DatasetDict, task: TextTask, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> Dataset | DatasetDict:
+    """
+    Turn the text columns into model inputs, truncated and not padded, and rename `label` to `labels`.
+
+    Args:
+        data (`Dataset` or `DatasetDict`): With `task.text_columns` and `label`; other columns are kept.
+        task (`TextTask`): Names the text columns.
+        tokenizer (`PreTrainedTokenizerBase`): Segment ids are written if they are among its `model_input_names`.
+        max_seq_length (`int`): Longest input in tokens, special tokens included.
+
+    Returns:
+        `Dataset` or `DatasetDict`: `input_ids`, `attention_mask`, `token_type_ids`, `labels`, and `length`, the number
+        of tokens. Batching by length reads `length`, where the trainer has not dropped it as an unused column.
+    """
+    special_tokens = tokenizer.num_special_tokens_to_add(pair=len(task.text_columns) == 2)
+    if not special_tokens < max_seq_length <= tokenizer.model_max_length:
+        raise ValueError(
+            f"max_seq_length={max_seq_length}; the tokenizer takes from {special_tokens + 1} (with {special_tokens} "
+            f"special tokens) to {tokenizer.model_max_length} tokens."
+        )
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list]:
+        inputs = tokenizer(
+            *(batch[column] for column in task.text_columns),
+            truncation=True,
+            max_length=max_seq_length,
+            return_attention_mask=True,
+            return_token_type_ids="token_type_ids" in tokenizer.model_input_names,
+        )
+        return {**inputs, "length": [len(ids) for ids in inputs["input_ids"]]}
+
+    encoded = data.map(encode, batched=True, remove_columns=list(task.text_columns), desc=f"Tokenizing {task.name}")
+    return encoded.rename_column("label", "labels")
+
+
+def _correlation(correlate: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarray], float]:
+    def score(references: np.ndarray, predictions: np.ndarray) -> float:
+        if len(references) < 2 or np.ptp(references) == 0 or np.ptp(predictions) == 0:
+            return 0.0  # undefined; a model that answers the same to everything knows nothing
+        return correlate(references, predictions).statistic
+
+    return score
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": accuracy_score,
+    "f1": lambda references, predictions: f1_score(references, predictions, zero_division=0.0),
+    "f1_macro": lambda references, predictions: f1_score(references, predictions, average="macro", zero_division=0.0),
+    "matthews_correlation": matthews_corrcoef,
+    "pearson": _correlation(pearsonr),
+    "spearmanr": _correlation(spearmanr),
+}
+
+
+class GlueMetric(evaluate.Metric):
+    """
+    The metrics of a task, from scikit-learn and scipy: `evaluate.load("glue", ...)` needs the Hub, also when offline.
+
+    `compute(predictions=..., references=...)` returns the task's `metric_names`, and `combined_score` if there are
+    several.
+
+    Args:
+        task (`TextTask`): Names the metrics.
+    """
+
+    def __init__(self, task: TextTask):
+        self.task = task
+        # In memory: concurrent runs share nothing. Metrics here are computed by one process, on gathered predictions.
+        super().__init__(config_name=task.name, keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        value = datasets.Value("float64" if self.task.is_regression else "int64")
+        return evaluate.MetricInfo(
+            description=f"Metrics of {self.task.name}: {', '.join(self.task.metric_names)}.",
+            citation="",
+            inputs_description="predictions and references: class indices, or scores for regression.",
+            features=datasets.Features({"predictions": value, "references": value}),
+            format="numpy",
+        )
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        if unlabeled := int(np.sum(references == UNLABELED)):
+            raise ValueError(
+                f"{unlabeled} of {len(references)} references are {UNLABELED}; evaluate on labelled rows."
+            )
+        with warnings.catch_warnings():
+            # A model that predicts one class, or nearly one score, is a result and not a defect of the data.
+            warnings.simplefilter("ignore", DegenerateDataWarning)
+            warnings.filterwarnings("ignore", message="A single label was found")
+            scores = {name: float(METRICS[name](references, predictions)) for name in self.task.metric_names}
+        if len(scores) > 1:
+            scores["combined_score"] = float(np.mean(list(scores.values())))
+        return scores
+
+
+def compute_metrics_fn(task: TextTask) -> Callable[[EvalPrediction], dict[str, float]]:
+    """The `compute_metrics` of a `Trainer` for this task; of a tuple of model outputs the first is the logits."""
+    metric = GlueMetric(task)
+
+    def compute_metrics(evaluation: EvalPrediction) -> dict[str, float]:
+        logits = evaluation.predictions[0] if isinstance(evaluation.predictions, tuple) else evaluation.predictions
+        predictions = logits.reshape(len(logits)) if task.is_regression else logits.argmax(axis=-1)
+        return metric.compute(predictions=predictions, references=evaluation.label_ids)
+
+    return compute_metrics

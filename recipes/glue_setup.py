@@ -9,7 +9,7 @@ import numpy as np
 from datasets import DatasetDict, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from hf_kd.compat import length_grouping, use_bf16
+from hf_kd.compat import hardware_defaults, length_grouping
 from hf_kd.demo_task import generate_demo_task
 from hf_kd.glue import (
     GLUE_TASKS,
@@ -73,7 +73,7 @@ def training_defaults() -> dict[str, Any]:
         "save_strategy": "epoch",
         "save_total_limit": 1,
         "report_to": "none",
-        "bf16": use_bf16(),
+        **hardware_defaults(),
         **length_grouping(),
     }
 

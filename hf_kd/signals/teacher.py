@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .batch import Signals
@@ -170,3 +172,25 @@ def label_order(student_config: Any, teacher_config: Any) -> list[int] | None:
 
 def _label_names(config: Any) -> list[str]:
     return [str(config.id2label[index]) for index in range(config.num_labels)]
+
+
+def reorder_labels(model: PreTrainedModel, label_names: Sequence[str]) -> None:
+    """Put the classes of a model in another order, in place: the rows of its last linear layer, and its label names.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): A sequence classification model.
+        label_names (sequence of `str`): The names in the wanted order.
+
+    Raises:
+        ValueError: If these are not the model's label names.
+    """
+    wanted = copy.copy(model.config)
+    wanted.id2label = dict(enumerate(label_names))
+    order = label_order(wanted, model.config)
+    model.config.id2label = dict(enumerate(label_names))
+    model.config.label2id = {name: index for index, name in enumerate(label_names)}
+    if order is not None:
+        head = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == len(label_names)][-1]
+        with torch.no_grad():
+            head.weight.copy_(head.weight[order])
+            head.bias.copy_(head.bias[order])
