@@ -208,7 +208,7 @@ class DistillationTrainer(Trainer):
 
 
 class _ProjectionCallback(TrainerCallback):
-    """Clips the projections with the run's norm, and saves them beside the student of each checkpoint."""
+    """Does for the projections what the `Trainer` does for the model alone: clip, reset the gradient, save."""
 
     def __init__(self, objective: DistillationObjective):
         self.objective = objective
@@ -216,6 +216,10 @@ class _ProjectionCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.max_grad_norm:
             nn.utils.clip_grad_norm_(self.objective.parameters(), args.max_grad_norm)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The Trainer calls model.zero_grad(), and the projections are not in the model.
+        self.objective.zero_grad()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:

@@ -1,0 +1,155 @@
+"""The teacher: its classes in the student's order, its weights as they were, its dtype as asked."""
+
+import pytest
+import torch
+from conftest import copy_of, make_dataset, make_model, make_rows, weights
+
+from hf_kd import DistillationTrainer
+from hf_kd.signals import Teacher
+from hf_kd.signals.capture import FAMILIES
+from hf_kd.signals.teacher import load_teacher, reorder_labels
+
+
+def make_labeled(names, family="bert", seed=0, **changes):
+    id2label = dict(enumerate(names))
+    return make_model(family, seed=seed, id2label=id2label, label2id={name: i for i, name in id2label.items()}, **changes)
+
+
+@pytest.fixture
+def batch(collator):
+    batch = dict(collator(make_rows(6, seed=5)))
+    del batch["labels"]
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("student_names", "teacher_names", "order"),
+    [
+        (["entailment", "neutral", "contradiction"], ["contradiction", "entailment", "neutral"], [1, 2, 0]),
+        (["entailment", "neutral", "contradiction"], ["CONTRADICTION", "Neutral", "Entailment"], [2, 1, 0]),
+        (["entailment", "neutral", "contradiction"], ["ENTAILMENT", "NEUTRAL", "CONTRADICTION"], [0, 1, 2]),
+        (["a", "b"], ["b", "a"], [1, 0]),
+    ],
+)
+@torch.no_grad()
+def test_classes_are_aligned_by_name(batch, student_names, teacher_names, order):
+    """The student would learn "contradiction" where the teacher says "entailment", with a loss that falls as usual."""
+    student, model = make_labeled(student_names), make_labeled(teacher_names, seed=1)
+    expected = model(**batch).logits[:, order]
+    assert torch.equal(Teacher(model, student.config)(batch).logits, expected)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_reordered_labels_keep_their_predictions(batch, family):
+    """A head in another order than the names of the config would answer every class with the name of another."""
+    model = make_labeled(["contradiction", "entailment", "neutral"], family)
+    inputs = {name: value for name, value in batch.items() if family != "distilbert" or name != "token_type_ids"}
+    before, before_state = model(**inputs).logits, copy_of(model).state_dict()
+    reorder_labels(model, ["entailment", "neutral", "contradiction"])
+    assert model.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+    assert model.config.label2id == {"entailment": 0, "neutral": 1, "contradiction": 2}
+    torch.testing.assert_close(model(**inputs).logits, before[:, [1, 2, 0]], atol=1e-6, rtol=0)
+    head = "classifier" if family in ("bert", "distilbert") else "classifier.out_proj"
+    for name, tensor in model.state_dict().items():
+        is_head = name in (f"{head}.weight", f"{head}.bias")
+        assert torch.equal(tensor, before_state[name][[1, 2, 0]] if is_head else before_state[name]), name
+
+
+def test_labels_in_order_stay_as_they_are():
+    """A second call, or one for a model that is in order, would shuffle the head once more."""
+    model = make_labeled(["a", "b", "c"])
+    before = weights(model)
+    reorder_labels(model, ["a", "b", "c"])
+    assert torch.equal(weights(model), before)
+
+
+def test_training_leaves_the_teacher_untouched(make_args, collator):
+    """A teacher with dropout, a gradient or a place in the optimizer would drift while the student follows it."""
+    teacher = make_model(seed=1, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train()
+    before = copy_of(teacher).state_dict()
+    args = make_args(
+        max_steps=3, learning_rate=0.1, weight_decay=0.1, hidden_loss_weight=1.0, attention_loss_weight=1.0
+    )
+    student = make_model(seed=2, num_hidden_layers=2)
+    trainer = DistillationTrainer(
+        student, args, train_dataset=make_dataset(), data_collator=collator, teacher_model=teacher
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    after = teacher.state_dict()
+    assert sorted(after) == sorted(before)
+    assert [name for name in before if not torch.equal(after[name], before[name])] == []
+    assert [name for name, module in teacher.named_modules() if module.training] == []
+    assert [name for name, p in teacher.named_parameters() if p.requires_grad or p.grad is not None] == []
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in student.parameters()}
+
+
+def test_teacher_signals_carry_no_graph(teacher, student, batch):
+    """The backward would run through the teacher: twice the memory, and gradients nobody reads."""
+    signals = Teacher(teacher, student.config)(batch)
+    assert signals.logits.requires_grad is False
+    assert signals.logits.grad_fn is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_that_is_asked_for_is_the_one_it_runs_in(teacher, student, batch, dtype):
+    """teacher_dtype would be a name that nothing reads: no memory saved, or a precision nobody asked for."""
+    signals = Teacher(teacher, student.config, dtype=dtype)(batch)
+    assert {p.dtype for p in teacher.parameters()} == {getattr(torch, dtype)}
+    assert signals.logits.dtype == getattr(torch, dtype)
+
+
+def test_training_arguments_set_the_dtype(make_args, teacher, student, collator):
+    """The trainer would drop teacher_dtype on its way from the arguments to the teacher."""
+    args = make_args(teacher_dtype="bfloat16")
+    DistillationTrainer(student, args, train_dataset=make_dataset(), data_collator=collator, teacher_model=teacher)
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+
+
+def test_an_explicit_dtype_wins_over_the_autocast_of_the_run(teacher, student, batch):
+    """teacher_dtype="float32" in a bf16 run would still give logits rounded to 8 bits."""
+    expected = teacher(**batch).logits.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = Teacher(teacher, student.config)(batch).logits
+        exact = Teacher(teacher, student.config, dtype="float32")(batch).logits
+    assert rounded.dtype == torch.bfloat16
+    assert exact.dtype == torch.float32
+    assert torch.equal(exact, expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_a_teacher_is_loaded_from_its_folder(tmp_path, family):
+    """Another class or other weights than were saved would teach."""
+    model = make_labeled(["no", "yes"], family, seed=1)
+    model.save_pretrained(tmp_path)
+    loaded = load_teacher(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(weights(loaded), weights(model))
+    assert loaded.config.id2label == {0: "no", 1: "yes"}
+    assert loaded.training is False
+
+
+def test_a_folder_teaches_like_the_model_in_it(make_args, tmp_path, teacher, collator, tokenizer):
+    """The path and the object would be prepared in two ways, of which one is tested."""
+    folder = tmp_path / "teacher"
+    teacher.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    results = []
+    for teacher_model in (teacher, str(folder), folder):
+        student = make_model(seed=2, num_hidden_layers=2)
+        trainer = DistillationTrainer(
+            student,
+            make_args(max_steps=2),
+            train_dataset=make_dataset(),
+            data_collator=collator,
+            processing_class=tokenizer,
+            teacher_model=teacher_model,
+        )
+        trainer.train()
+        results.append(weights(student))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], weights(make_model(seed=2, num_hidden_layers=2)))
