@@ -41,7 +41,9 @@ def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"the configuration {path} cannot be read: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise ValueError(f"the configuration {path} must hold lines `argument: value`, but holds {type(config).__name__}.")
+        raise ValueError(
+            f"the configuration {path} must hold lines `argument: value`, but holds {type(config).__name__}."
+        )
     for name in config:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

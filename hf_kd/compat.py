@@ -18,10 +18,12 @@ def length_grouping() -> dict[str, Any]:
 def hardware_defaults() -> dict[str, bool]:
     """The training arguments `use_cpu` and `bf16` where nobody said otherwise: bf16 where the hardware computes in it.
 
-    `accelerate launch --mixed_precision bf16` (or `fp16`) rules; it writes "no" both by default and when asked to, so that full
-    precision on such hardware is asked for with `--bf16 false`.
+    `accelerate launch --mixed_precision bf16` (or `fp16`) rules; it writes "no" both by default and when asked to, so
+    that full precision on such hardware is asked for with `--bf16 false`.
     """
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.accelerator.is_available()
+    use_cpu = (
+        os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.accelerator.is_available()
+    )
     launcher_chose = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
     return {"use_cpu": use_cpu, "bf16": not launcher_chose and _computes_in_bf16(use_cpu)}
 

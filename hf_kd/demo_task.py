@@ -9,6 +9,7 @@ from .glue import UNLABELED, TextTask
 
 
 DEMO_TASK = TextTask("demo", ("sentence",), ("negative", "positive"), ("accuracy",), "accuracy")
+MAX_ROWS = 20_000  # per split; with far more, new sentences run out
 _FEATURES = Features({"sentence": Value("string"), "label": Value("int64")})
 
 
@@ -54,7 +55,14 @@ HELD_OUT = Vocabulary(
 
 SUBJECTS = ("the {}", "this {}", "my {}", "our {}", "their {}", "that {}")
 DEGREES = ("", "", "", "very ", "really ", "quite ", "rather ", "truly ", "so ", "a little ", "somewhat ")
-NEGATIONS = ("was not {}", "was never {}", "was hardly {}", "was far from {}", "was anything but {}", "was not at all {}")
+NEGATIONS = (
+    "was not {}",
+    "was never {}",
+    "was hardly {}",
+    "was far from {}",
+    "was anything but {}",
+    "was not at all {}",
+)
 OPENINGS = ("", "", "", "in the end ", "to be fair ", "yesterday ", "once again ", "we all agreed that ")
 
 
@@ -101,8 +109,8 @@ def _sentence(rng: random.Random, words: Vocabulary, label: int, contrast_rate: 
 
 def generate_demo_task(
     seed: int = 0,
-    num_labeled: int = 600,
-    num_unlabeled: int = 4000,
+    num_labeled: int = 500,
+    num_unlabeled: int = 3000,
     num_validation: int = 1000,
     negation_rate: float = 0.3,
     contrast_rate: float = 0.3,
@@ -116,18 +124,27 @@ def generate_demo_task(
 
     Args:
         seed (`int`, *optional*, defaults to 0): The same seed gives the same rows, on every platform.
-        num_labeled (`int`, *optional*, defaults to 600): Rows of `train`.
-        num_unlabeled (`int`, *optional*, defaults to 4000): Rows of `unlabeled`, from all words; label `UNLABELED`.
+        num_labeled (`int`, *optional*, defaults to 500): Rows of `train`.
+        num_unlabeled (`int`, *optional*, defaults to 3000): Rows of `unlabeled`, from all words; label `UNLABELED`.
         num_validation (`int`, *optional*, defaults to 1000): Rows of `validation`.
-        negation_rate (`float`, *optional*, defaults to 0.3): Share of clauses that are negated, from 0 to 1. The task
-            gets harder towards 0.5.
+        negation_rate (`float`, *optional*, defaults to 0.3): Share of clauses that are negated, from 0 to 1.
         contrast_rate (`float`, *optional*, defaults to 0.3): Share of sentences with two opposed clauses, from 0 to
-            0.9. The task gets harder with it.
+            0.9.
+
+    Raises:
+        `ValueError`: For a size or a rate outside its range.
 
     Returns:
-        `tuple[DatasetDict, TextTask]`: The three splits, with no sentence twice in or across them; the task. In `train`
-        and `validation` both classes are equally frequent, up to one row.
+        `tuple[DatasetDict, TextTask]`: The three splits, with no sentence twice in or across them; the task. In
+        `train` and `validation` both classes are equally frequent, up to one row.
     """
+    sizes = {"num_labeled": num_labeled, "num_unlabeled": num_unlabeled, "num_validation": num_validation}
+    for name, size in sizes.items():
+        if not 2 <= size <= MAX_ROWS:
+            raise ValueError(f"{name}={size}; give a number from 2 to {MAX_ROWS}.")
+    for name, rate, limit in (("negation_rate", negation_rate, 1.0), ("contrast_rate", contrast_rate, 0.9)):
+        if not 0 <= rate <= limit:
+            raise ValueError(f"{name}={rate}; give a share from 0 to {limit}.")
     rng = random.Random(seed)
     seen: set[str] = set()
 

@@ -177,7 +177,7 @@ def _read_archive_file(task: GlueTask, glue_dir: Path, split: str) -> Dataset:
     texts = {column: [row[archive_column] for _, row in rows] for column, archive_column in archive_columns}
     labels = [(where, row[task.archive_label]) for where, row in rows]
     _require_labels(labels)
-    return _dataset(task, texts, labels)
+    return _dataset(task, texts, _label_values(task, labels, may_be_indices=True))
 
 
 def _read_archive_rows(path: Path, task: GlueTask) -> Iterator[Row]:
@@ -245,22 +245,25 @@ def load_text_files(
     validation_labels = [(where, row.get(label_column)) for where, row in validation_rows]
     _require_labels(validation_labels)
     given_labels = [(where, label) for where, label in train_labels if _class_name(label)]
+    may_be_indices = label_names is not None
     if label_names is None:
         label_names = _infer_label_names(given_labels)
     if label_names is None:
         task = TextTask("custom", text_columns, None, *_CORRELATIONS)
     else:
         task = TextTask("custom", text_columns, tuple(label_names), ("accuracy", "f1_macro"), "accuracy")
-    if len(classes := set(_label_values(task, given_labels))) < 2:
+    if len(classes := set(_label_values(task, given_labels, may_be_indices))) < 2:
         raise ValueError(
-            f"{train_file}: `{label_column}` has {len(classes)} different values in {len(train_rows)} rows, but two are "
-            "needed to learn from; add rows of the other classes."
+            f"{train_file}: `{label_column}` has {len(classes)} different values in {len(train_rows)} rows, but two "
+            "are needed to learn from; add rows of the other classes."
         )
     if len(given_labels) < len(train_rows):
         logger.warning(f"{train_file}: {len(train_rows) - len(given_labels)} of {len(train_rows)} rows have no label.")
     data = DatasetDict(
-        train=_dataset(task, _text_values(task, train_rows), train_labels),
-        validation=_dataset(task, _text_values(task, validation_rows), validation_labels),
+        train=_dataset(task, _text_values(task, train_rows), _label_values(task, train_labels, may_be_indices)),
+        validation=_dataset(
+            task, _text_values(task, validation_rows), _label_values(task, validation_labels, may_be_indices)
+        ),
     )
     return data, task
 
@@ -283,7 +286,7 @@ def load_unlabeled_file(path: str | Path, task: TextTask) -> Dataset:
         rows = [(where, {task.text_columns[0]: row.get(columns[0])}) for where, row in rows]
     else:
         _require_columns(path, columns, task.text_columns)
-    return _dataset(task, _text_values(task, rows), [(where, None) for where, _ in rows])
+    return _dataset(task, _text_values(task, rows), [UNLABELED] * len(rows))
 
 
 def _choose_text_columns(
@@ -413,16 +416,20 @@ def _as_float(name: str) -> float | None:
 
 def _class_name(label: Any) -> str:
     """`1`, `"1"` and `"1.0"` are one class: whole numbers with a gap come out of a spreadsheet as `"1.0"`."""
+    if isinstance(label, list | dict):
+        raise ValueError(f"the label is {label!r}, but one word or number is needed; keep one label per row.")
     name = "" if label is None or label != label else str(label).strip()
     number = _as_float(name)
     return str(int(number)) if number is not None and number.is_integer() else name
 
 
-def _label_values(task: TextTask, labels: list[Label]) -> list[int | float]:
+def _label_values(task: TextTask, labels: list[Label], may_be_indices: bool) -> list[int | float]:
     """Indices into `label_names`, or scores; `UNLABELED` where the label is missing."""
     names = task.label_names or ()
-    label_ids = {str(index): index for index in range(len(names))}
-    label_ids |= {_class_name(name): index for index, name in enumerate(names)}
+    label_ids = {_class_name(name): index for index, name in enumerate(names)}
+    # Names that are numbers themselves, as in ratings from 1 to 5, leave no room for indices.
+    if may_be_indices and not any(_as_float(name) is not None for name in names):
+        label_ids |= {str(index): index for index in range(len(names))}
     values: list[int | float] = []
     for where, label in labels:
         name = _class_name(label)
@@ -455,9 +462,9 @@ def _features(task: TextTask) -> datasets.Features:
     return datasets.Features({**texts, "label": datasets.Value("float32" if task.is_regression else "int64")})
 
 
-def _dataset(task: TextTask, texts: dict[str, list[str]], labels: list[Label]) -> Dataset:
+def _dataset(task: TextTask, texts: dict[str, list[str]], labels: Sequence[int | float]) -> Dataset:
     # Not `Dataset.from_generator`: its cache is keyed by the path, so an edited file would load as it was before.
-    return Dataset.from_dict({**texts, "label": _label_values(task, labels)}, features=_features(task))
+    return Dataset.from_dict({**texts, "label": labels}, features=_features(task))
 
 
 # From texts to model inputs, and from logits to metrics
@@ -542,11 +549,12 @@ class GlueMetric(evaluate.Metric):
             citation="",
             inputs_description="predictions and references: class indices, or scores for regression.",
             features=datasets.Features({"predictions": value, "references": value}),
-            format="numpy",
         )
 
-    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        if unlabeled := int(np.sum(references == UNLABELED)):
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        # Not `format="numpy"` in `_info`: it rounds scores to float32.
+        y_pred, y_true = np.asarray(predictions), np.asarray(references)
+        if unlabeled := references.count(UNLABELED):
             raise ValueError(
                 f"{unlabeled} of {len(references)} references are {UNLABELED}; evaluate on labelled rows."
             )
@@ -554,7 +562,7 @@ class GlueMetric(evaluate.Metric):
             # A model that predicts one class, or nearly one score, is a result and not a defect of the data.
             warnings.simplefilter("ignore", DegenerateDataWarning)
             warnings.filterwarnings("ignore", message="A single label was found")
-            scores = {name: float(METRICS[name](references, predictions)) for name in self.task.metric_names}
+            scores = {name: float(METRICS[name](y_true, y_pred)) for name in self.task.metric_names}
         if len(scores) > 1:
             scores["combined_score"] = float(np.mean(list(scores.values())))
         return scores

@@ -28,8 +28,8 @@ def write_results(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> No
     Args:
         path (`str`): The file to write.
         rows (sequence of `dict`):
-            One per model: `role` ("teacher", "baseline" or "student"), `task`, `seed`, `metrics` (split to metric to value), `main_metric`
-            (split and metric), `parameters`, and what else identifies the model.
+            One per model: `role` ("teacher", "baseline" or "student"), `task`, `seed`, `metrics` (split to metric to
+            value), `main_metric` (split and metric), `parameters`, and what else identifies the model.
     """
     temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps({"run": describe_run(), "rows": list(rows)}, indent=2) + "\n", encoding="utf-8")
@@ -54,7 +54,8 @@ def describe_run() -> dict[str, Any]:
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """One Markdown line per task and role: main metric as mean ± sample standard deviation over seeds, parameters, share retained.
+    """One Markdown line per task and role: main metric as mean ± sample standard deviation over seeds, parameters,
+    share retained.
 
     Args:
         rows (sequence of `dict`): Rows of one or more results files.
@@ -70,10 +71,13 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
             if not values:
                 continue
             row = next(row for row in rows if (row["task"], row["role"]) == (task, role))
-            value = f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+            value = f"{statistics.mean(values):.2f}" + (
+                f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            )
             kept = f"{statistics.mean(values) / statistics.mean(teacher):.1%}" if teacher else ""
             lines.append(
-                f"| {task} | {name} | {row['main_metric']['name']} | {len(values)} | {value} | {row['parameters'] / 1e6:.1f}M | {kept} "
+                f"| {task} | {name} | {row['main_metric']['name']} | {len(values)} | {value} | "
+                f"{row['parameters'] / 1e6:.1f}M | {kept} "
                 f"| {row.get('labeled_rows', '')} | {row.get('unlabeled_rows', '')} | {row.get('steps', '')} |"
             )
     return "\n".join(lines)
@@ -110,9 +114,15 @@ def _commit() -> str | None:
     """Commit of the checkout this file is in, `+` for local changes; `None` for an installed package."""
     here = Path(__file__).parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
         changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

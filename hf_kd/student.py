@@ -22,14 +22,15 @@ def student_from_teacher(
 ) -> PreTrainedModel:
     """Make a smaller model of the teacher's class.
 
-    With the teacher's widths, the student gets copies of its embeddings, the chosen blocks, pooler and head, which is where
-    distillation on small data starts best. Any smaller width gives a freshly initialised student of that shape: seed it with
-    [`~transformers.set_seed`].
+    With the teacher's widths, the student gets copies of its embeddings, the chosen blocks, pooler and head, which is
+    where distillation on small data starts best. Any smaller width gives a freshly initialised student of that shape:
+    seed it with [`~transformers.set_seed`].
 
     Args:
         teacher ([`~transformers.PreTrainedModel`]): The fine-tuned teacher. It is not changed.
         layers (`list[int]`, *optional*): The teacher blocks to copy, counted from 1, in ascending order.
-        num_layers (`int`, *optional*): Number of blocks, spread evenly over the teacher's as `layer_mapping="uniform"` pairs them.
+        num_layers (`int`, *optional*): Number of blocks, spread evenly over the teacher's as `layer_mapping="uniform"`
+            pairs them.
         hidden_size (`int`, *optional*): Width of the student; the teacher's by default.
         intermediate_size (`int`, *optional*): Width of its feed-forward layers; the teacher's by default.
         num_attention_heads (`int`, *optional*): Number of its heads; the teacher's by default.
@@ -60,8 +61,8 @@ def student_from_teacher(
         is_copy = False
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"num_attention_heads={config.num_attention_heads} does not divide hidden_size={config.hidden_size}; give a divisor as "
-            "num_attention_heads."
+            f"num_attention_heads={config.num_attention_heads} does not divide hidden_size={config.hidden_size}; give "
+            "a divisor as num_attention_heads."
         )
     config.num_hidden_layers = len(layers)
     student = type(teacher)(config).float().eval()
@@ -82,7 +83,8 @@ def _choose_layers(layers: list[int] | None, num_layers: int | None, num_teacher
     if not layers or sorted(set(layers)) != list(layers) or layers[0] < 1 or layers[-1] > num_teacher_layers:
         example = uniform_layers(max(1, num_teacher_layers // 2), num_teacher_layers)
         raise ValueError(
-            f"layers={layers} must be ascending blocks of the teacher, counted from 1 to {num_teacher_layers}, for example {example}."
+            f"layers={layers} must be ascending blocks of the teacher, counted from 1 to {num_teacher_layers}, for "
+            f"example {example}."
         )
     return list(layers)
 

@@ -11,10 +11,11 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .objective import AttentionTerm, DistillationObjective
-from .signals import Capture, ItemCounts, Teacher, count_items
+from .signals import Capture, ItemCounts, Signals, Teacher, count_items
 from .signals.capture import columns_for, forward_columns
 from .signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer
 from .training_args import DistillationTrainingArguments
@@ -26,11 +27,11 @@ PROJECTION_NAME = "projection.safetensors"
 class DistillationTrainer(Trainer):
     """A [`~transformers.Trainer`] whose student also learns from a teacher.
 
-    Training adds the terms of the objective; evaluation, prediction and saving are those of `Trainer`: no teacher runs, and the saved
-    model is the plain student. The value of each term is logged beside the loss.
+    Training adds the terms of the objective; evaluation, prediction and saving are those of `Trainer`: no teacher
+    runs, and the saved model is the plain student. The value of each term is logged beside the loss.
 
-    Differs from `Trainer` with gradient accumulation: every term is averaged over the valid items of the whole optimisation step, on
-    all processes, so that ragged batches weigh what they hold.
+    Differs from `Trainer` with gradient accumulation: every term is averaged over the valid items of the whole
+    optimisation step, on all processes, so that ragged batches weigh what they hold.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The student.
@@ -45,6 +46,11 @@ class DistillationTrainer(Trainer):
         ValueError: Before training, if student, teacher, objective and arguments do not fit.
     """
 
+    # Set by Trainer.__init__
+    model: Any
+    _signature_columns: Any
+    compute_loss_func: Any
+
     def __init__(
         self,
         model: PreTrainedModel | None = None,
@@ -57,8 +63,8 @@ class DistillationTrainer(Trainer):
         args = DistillationTrainingArguments.from_training_arguments(args)
         if args.n_gpu > 1:
             raise ValueError(
-                f"one process sees {args.n_gpu} GPUs and would use DataParallel, which does not average terms over what is valid; start "
-                f"one process per GPU: accelerate launch --num_processes {args.n_gpu} script.py."
+                f"one process sees {args.n_gpu} GPUs and would use DataParallel, which does not average terms over "
+                f"what is valid; start one process per GPU: accelerate launch --num_processes {args.n_gpu} script.py."
             )
         super().__init__(model, args, *trainer_args, **kwargs)
         self.distillation_objective = args.objective() if objective is None else objective
@@ -70,8 +76,8 @@ class DistillationTrainer(Trainer):
         self.capture = Capture(self.model, self.distillation_objective.student_wanted)
         self._check_gradient_checkpointing()
         self._prepare_projections()
-        # compute_loss divides by the items of the whole optimisation step, so the Trainer must not divide by the accumulation steps. The
-        # first line tells transformers 4.57, the second 5.x.
+        # compute_loss divides by the items of the whole optimisation step, so the Trainer must not divide by the
+        # accumulation steps. The first line tells transformers 4.57, the second 5.x.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._term_sums: dict[str, Tensor] = {}
@@ -80,11 +86,10 @@ class DistillationTrainer(Trainer):
     # Data
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns of both models: a DistilBERT student declares no token_type_ids, its BERT teacher reads them."""
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
-            if self.teacher is not None:
-                self._signature_columns += sorted((self.teacher.columns or set()) - set(self._signature_columns))
+        """Keep the columns of both: a DistilBERT student declares no token_type_ids, its BERT teacher reads them."""
+        super()._set_signature_columns_if_needed()
+        if self.teacher is not None:
+            self._signature_columns = sorted({*self._signature_columns, *(self.teacher.columns or ())})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -114,7 +119,7 @@ class DistillationTrainer(Trainer):
         with self.capture:
             outputs = model(**student_inputs, **self.capture.forward_kwargs)
         student = self.capture.signals(outputs, student_inputs)
-        teacher = self._teacher_signals(inputs) if self.distillation_objective.needs_teacher else None
+        teacher = self._teacher_signals(inputs)
         task_loss = None
         if self.compute_loss_func is not None:
             task_loss = self.compute_loss_func(outputs, labels, num_items_in_batch=self._num_labels_in_step)
@@ -125,7 +130,9 @@ class DistillationTrainer(Trainer):
         loss = self.distillation_objective.weighted_sum(terms)
         return (loss, outputs) if return_outputs else loss
 
-    def _teacher_signals(self, inputs: dict[str, Any]) -> Any:
+    def _teacher_signals(self, inputs: dict[str, Any]) -> Signals | None:
+        if self.teacher is None:
+            return None
         # accelerate gives its autocast to the forward of prepared models alone, and the teacher is not prepared.
         with self.accelerator.autocast():
             return self.teacher(inputs)
@@ -137,7 +144,7 @@ class DistillationTrainer(Trainer):
             self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the unweighted value of each term, averaged like the loss over the steps since the last log and the processes."""
+        """Add the unweighted value of each term, averaged like the loss over steps and processes."""
         if "loss" in logs and self._term_sums:
             values = torch.stack(list(self._term_sums.values())) / max(self._steps_in_sums, 1)
             values = self.accelerator.reduce(values, reduction="mean").tolist()
@@ -155,8 +162,9 @@ class DistillationTrainer(Trainer):
         missing = [p for p in self.distillation_objective.parameters() if id(p) not in known]
         if missing and not is_own:
             raise ValueError(
-                "the optimizer passed as `optimizers` does not hold the projections of hidden_loss; pass objective=objective after "
-                "objective.bind(student.config, teacher.config), with objective.parameters() in the optimizer."
+                "the optimizer passed as `optimizers` does not hold the projections of hidden_loss; pass "
+                "objective=objective after objective.bind(student.config, teacher.config), with "
+                "objective.parameters() in the optimizer."
             )
         if missing:
             optimizer.add_param_group({"params": missing, "weight_decay": self.args.weight_decay})
@@ -168,8 +176,9 @@ class DistillationTrainer(Trainer):
             path = os.path.join(resume_from_checkpoint, PROJECTION_NAME)
             if not os.path.isfile(path):
                 raise ValueError(
-                    f"the checkpoint {resume_from_checkpoint} has no {PROJECTION_NAME}, but hidden_loss needs one between widths "
-                    f"{self.model.config.hidden_size} and {self.teacher.model.config.hidden_size}; resume with the terms it was trained with."
+                    f"the checkpoint {resume_from_checkpoint} has no {PROJECTION_NAME}, which hidden_loss needs to map "
+                    f"the student's width {self.model.config.hidden_size} to its teacher's; resume with the terms it "
+                    "was trained with."
                 )
             self.distillation_objective.load_state_dict(load_file(path))
 
@@ -179,8 +188,9 @@ class DistillationTrainer(Trainer):
             return
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
-                f"hidden_loss between widths {self.model.config.hidden_size} and {self.teacher.model.config.hidden_size} needs projections, "
-                f"which cannot be trained under {self.accelerator.distributed_type}; use DDP (recipes/accelerate_configs/ddp.yaml)."
+                f"hidden_loss needs projections from the student's width {self.model.config.hidden_size}, which cannot "
+                f"be trained under {self.accelerator.distributed_type}; use DDP "
+                "(recipes/accelerate_configs/ddp.yaml)."
             )
         self._objective = self.accelerator.prepare_model(self.distillation_objective)
         self.add_callback(_ProjectionCallback(self.distillation_objective))
@@ -190,6 +200,11 @@ class DistillationTrainer(Trainer):
     def _load_teacher(self, teacher_model: PreTrainedModel | str | os.PathLike | None) -> Teacher | None:
         if teacher_model is None or not self.distillation_objective.needs_teacher:
             return None
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "DeepSpeed ZeRO-3 would shard the teacher's weights away; use DDP "
+                "(recipes/accelerate_configs/ddp.yaml) or ZeRO-2."
+            )
         if teacher_model is self.model:
             raise ValueError("teacher_model and model are one object; load the teacher as a model of its own.")
         if isinstance(teacher_model, str | os.PathLike):
@@ -202,8 +217,8 @@ class DistillationTrainer(Trainer):
         wants_attention = any(isinstance(term, AttentionTerm) for term in self.distillation_objective.terms)
         if wants_attention and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} drops the gradient of queries and keys, so attention_loss would "
-                "train nothing; set gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "gradient_checkpointing_kwargs={'use_reentrant': True} drops the gradient of queries and keys, so "
+                "attention_loss would train nothing; set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
 
 

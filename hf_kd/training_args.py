@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -24,23 +24,28 @@ from .objective.objective import (
 class DistillationTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] with the weights and forms of the distillation terms.
 
-    The loss is `task_loss_weight * task_loss + logit_loss_weight * logit_loss + ...`: weights multiply terms as given and are never
-    normalised. For several terms of a kind, give the trainer a [`DistillationObjective`].
+    The loss is `task_loss_weight * task_loss + logit_loss_weight * logit_loss + ...`: weights multiply terms as given
+    and are never normalised. For several terms of a kind, give the trainer a [`DistillationObjective`].
 
-    One default differs from `TrainingArguments`: gradient checkpointing, where it is on, runs with `use_reentrant=False`, because the
-    reentrant kind drops the gradient of what is captured inside a block.
+    One default differs from `TrainingArguments`: gradient checkpointing, where it is on, runs with
+    `use_reentrant=False`, because the reentrant kind drops the gradient of what is captured inside a block.
 
     Args:
         task_loss_weight (`float`, *optional*, defaults to 0.5): Weight of the loss against the labels.
         logit_loss_weight (`float`, *optional*, defaults to 0.5): Weight of the loss against the teacher's logits.
-        hidden_loss_weight (`float`, *optional*, defaults to 0.0): Weight of the loss against the teacher's hidden states.
-        attention_loss_weight (`float`, *optional*, defaults to 0.0): Weight of the loss against the teacher's attention.
+        hidden_loss_weight (`float`, *optional*, defaults to 0.0): Weight of the loss against the teacher's hidden
+            states.
+        attention_loss_weight (`float`, *optional*, defaults to 0.0): Weight of the loss against the teacher's
+            attention.
         temperature (`float`, *optional*, defaults to 2.0): Softening of the logits in `"kl"` and `"soft_ce"`.
-        logit_loss_type (`str`, *optional*): `"kl"`, `"soft_ce"` or `"mse"`; by default `"kl"`, and `"mse"` for regression.
+        logit_loss_type (`str`, *optional*): `"kl"`, `"soft_ce"` or `"mse"`; by default `"kl"`, and `"mse"` for
+            regression.
         hidden_loss_type (`str`, *optional*, defaults to `"mse"`): `"mse"` or `"cosine"`.
         attention_loss_type (`str`, *optional*, defaults to `"mse"`): `"mse"` (scores) or `"kl"` (distributions).
-        layer_mapping (`str`, *optional*, defaults to `"uniform"`): Which student layer learns from which teacher layer.
-        teacher_dtype (`str`, *optional*): Dtype the teacher runs in; by default the one it is loaded in, under the run's autocast.
+        layer_mapping (`str`, *optional*, defaults to `"uniform"`): Which student layer learns from which teacher
+            layer.
+        teacher_dtype (`str`, *optional*): Dtype the teacher runs in; by default the one it is loaded in, under the
+            run's autocast.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -51,7 +56,8 @@ class DistillationTrainingArguments(TrainingArguments):
         default=0.5, metadata={"help": "Weight of the loss against the labels, >= 0. 0 switches the term off."}
     )
     logit_loss_weight: float = field(
-        default=0.5, metadata={"help": "Weight of the loss against the teacher's logits, >= 0. 0 switches the term off."}
+        default=0.5,
+        metadata={"help": "Weight of the loss against the teacher's logits, >= 0. 0 switches the term off."},
     )
     hidden_loss_weight: float = field(
         default=0.0,
@@ -78,8 +84,8 @@ class DistillationTrainingArguments(TrainingArguments):
     layer_mapping: str = field(
         default="uniform",
         metadata={
-            "help": "Which student layer learns from which teacher layer, for hidden states and attention: 'uniform', 'last', "
-            "'first', or pairs such as '1:4,2:8'. 0 is the embeddings (hidden states only)."
+            "help": "Which student layer learns from which teacher layer, for hidden states and attention: 'uniform', "
+            "'last', 'first', or pairs such as '1:4,2:8'. 0 is the embeddings (hidden states only)."
         },
     )
 
@@ -92,7 +98,7 @@ class DistillationTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         # The default on transformers 4.57 is the reentrant kind, on 5.x this one.
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+            self.gradient_checkpointing_kwargs: Any = {"use_reentrant": False}
         super().__post_init__()
         for name in ("task_loss_weight", "logit_loss_weight", "hidden_loss_weight", "attention_loss_weight"):
             value = getattr(self, name)

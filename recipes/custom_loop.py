@@ -29,7 +29,9 @@ def main() -> None:
     task = GLUE_TASKS[args.task_name]
     tokenizer = load_teacher_tokenizer(args.teacher)
     with accelerator.main_process_first():
-        data = tokenize(load_glue(args.task_name, args.glue_dir), task, tokenizer, args.max_seq_length).remove_columns("length")
+        data = tokenize(load_glue(args.task_name, args.glue_dir), task, tokenizer, args.max_seq_length).remove_columns(
+            "length"
+        )
     collator = DataCollatorWithPadding(tokenizer)
     batches = DataLoader(data["train"], args.batch_size, shuffle=True, collate_fn=collator)
 

@@ -1,9 +1,11 @@
 """Distil a fine-tuned teacher into a smaller student on a GLUE task or on your own files.
 
-accelerate launch recipes/glue_distill.py --task_name sst2 --teacher_model_name_or_path runs/sst2-teacher --student_num_layers 3 \
+accelerate launch recipes/glue_distill.py --task_name sst2 --teacher_model_name_or_path runs/sst2-teacher
+--student_num_layers 3 \
     --run_baseline --output_dir runs/sst2-student
 
-A YAML file may come first: `glue_distill.py recipes/configs/sst2.yaml --teacher_model_name_or_path ... --output_dir ...`.
+A YAML file may come first:
+`glue_distill.py recipes/configs/sst2.yaml --teacher_model_name_or_path ... --output_dir ...`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_kd import DistillationObjective, DistillationTrainer, DistillationTrainingArguments, TaskTerm, student_from_teacher
+from hf_kd import (
+    DistillationObjective,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    TaskTerm,
+    student_from_teacher,
+)
 from hf_kd.command_line import parse_args
 from hf_kd.glue import TextTask, compute_metrics_fn
 from hf_kd.results import format_table, write_results
@@ -51,7 +59,8 @@ class ModelArguments:
 
     teacher_model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a fine-tuned teacher."})
     teacher_label_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the teacher's classes in its order, where its config says LABEL_0, LABEL_1."}
+        default=None,
+        metadata={"help": "Names of the teacher's classes in its order, where its config says LABEL_0, LABEL_1."},
     )
     student_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a pretrained student with the teacher's vocabulary."}
@@ -62,7 +71,9 @@ class ModelArguments:
     student_layers: list[int] | None = field(
         default=None, metadata={"help": "Copy these teacher layers, counted from 1, e.g. 2 4 6."}
     )
-    student_hidden_size: int | None = field(default=None, metadata={"help": "A smaller width; the student starts random."})
+    student_hidden_size: int | None = field(
+        default=None, metadata={"help": "A smaller width; the student starts random."}
+    )
     student_intermediate_size: int | None = field(default=None, metadata={"help": "A smaller feed-forward width."})
     student_num_attention_heads: int | None = field(default=None, metadata={"help": "Fewer heads."})
     run_baseline: bool = field(
@@ -78,8 +89,8 @@ class ModelArguments:
         shape = (self.student_layers, self.student_num_layers, self.student_hidden_size)
         if self.student_model_name_or_path is not None and any(value is not None for value in shape):
             raise ValueError(
-                f"student_model_name_or_path={self.student_model_name_or_path!r} is a model of its own; drop --student_layers, "
-                "--student_num_layers and --student_hidden_size, or that flag."
+                f"student_model_name_or_path={self.student_model_name_or_path!r} is a model of its own; drop "
+                "--student_layers, --student_num_layers and --student_hidden_size, or that flag."
             )
 
 
@@ -93,7 +104,9 @@ def main() -> None:
     data = tokenize_data(data, task, tokenizer, data_args, args)
     splits = measured_splits(data, task)
 
-    def train(role: str, output_dir: Path, train_dataset: Dataset, **changes: Any) -> tuple[DistillationTrainer, dict[str, Any]]:
+    def train(
+        role: str, output_dir: Path, train_dataset: Dataset, **changes: Any
+    ) -> tuple[DistillationTrainer, dict[str, Any]]:
         """Train from the same start at each learning rate; the best on the validation split, and its row."""
         best, best_score = None, float("-inf")
         learning_rates = model_args.learning_rates or [args.learning_rate]
@@ -115,7 +128,9 @@ def main() -> None:
             trainer.train(resume_from_checkpoint=checkpoint_to_resume(args, folder))
             trainer.save_model()
             trainer.save_state()
-            score = evaluate_model(trainer, data, task.validation_splits[:1])[task.validation_splits[0]][task.main_metric]
+            score = evaluate_model(trainer, data, task.validation_splits[:1])[task.validation_splits[0]][
+                task.main_metric
+            ]
             if score > best_score:
                 best, best_score = trainer, score
         if len(learning_rates) > 1:
@@ -140,7 +155,9 @@ def main() -> None:
     rows = [evaluate_teacher(teacher, student_trainer, data, task, splits), student_row]
     if model_args.run_baseline:
         # As many steps as the student, on the rows that it can use.
-        _, row = train("baseline", Path(args.output_dir) / "baseline", labeled(data["train"]), max_steps=student_row["steps"])
+        _, row = train(
+            "baseline", Path(args.output_dir) / "baseline", labeled(data["train"]), max_steps=student_row["steps"]
+        )
         rows.insert(1, row)
 
     if student_trainer.is_world_process_zero():
@@ -165,7 +182,8 @@ def load_tokenizer(model_args: ModelArguments) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(path) if path is not None else teacher_tokenizer
     if tokenizer is None:
         raise ValueError(
-            f"{model_args.teacher_model_name_or_path} holds no tokenizer; save it there with tokenizer.save_pretrained(folder)."
+            f"{model_args.teacher_model_name_or_path} holds no tokenizer; save it there with "
+            "tokenizer.save_pretrained(folder)."
         )
     check_tokenizers(tokenizer, teacher_tokenizer)
     return tokenizer
@@ -174,7 +192,9 @@ def load_tokenizer(model_args: ModelArguments) -> Any:
 def make_student(model_args: ModelArguments, teacher: PreTrainedModel, task: TextTask) -> PreTrainedModel:
     """A fresh student, the same one after the same `set_seed`."""
     if model_args.student_model_name_or_path is not None:
-        return AutoModelForSequenceClassification.from_pretrained(model_args.student_model_name_or_path, **label_config(task))
+        return AutoModelForSequenceClassification.from_pretrained(
+            model_args.student_model_name_or_path, **label_config(task)
+        )
     num_layers = model_args.student_num_layers
     if num_layers is None and model_args.student_layers is None:
         num_layers = max(1, teacher.config.num_hidden_layers // 2)

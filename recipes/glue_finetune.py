@@ -1,6 +1,7 @@
 """Fine-tune an encoder on a GLUE task or on your own files: a teacher, or a baseline.
 
-accelerate launch recipes/glue_finetune.py --task_name sst2 --model_name_or_path google-bert/bert-base-uncased --output_dir runs/sst2-teacher
+accelerate launch recipes/glue_finetune.py --task_name sst2 --model_name_or_path google-bert/bert-base-uncased
+--output_dir runs/sst2-teacher
 
 A YAML file may come first: `glue_finetune.py recipes/configs/finetune/sst2.yaml --output_dir runs/sst2-teacher`.
 """

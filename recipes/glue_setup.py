@@ -27,29 +27,39 @@ class DataArguments:
     """Which data to train and evaluate on; names are those of `run_glue.py` where it has them."""
 
     task_name: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(GLUE_TASKS)}, or `demo`, a task that is generated from a seed."}
+        default=None,
+        metadata={"help": f"One of {', '.join(GLUE_TASKS)}, or `demo`, a task that is generated from a seed."},
     )
     glue_dir: str | None = field(
-        default=None, metadata={"help": "Folder in the official glue_data layout (SST-2/train.tsv ...) in place of the Hub."}
+        default=None,
+        metadata={"help": "Folder in the official glue_data layout (SST-2/train.tsv ...) in place of the Hub."},
     )
     train_file: str | None = field(default=None, metadata={"help": "Your own CSV, TSV or JSON file to train on."})
-    validation_file: str | None = field(default=None, metadata={"help": "Your own CSV, TSV or JSON file to evaluate on."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Your own CSV, TSV or JSON file to evaluate on."}
+    )
     unlabeled_file: str | None = field(
         default=None, metadata={"help": "CSV, TSV, JSON or TXT file with texts alone, from which the teacher teaches."}
     )
     text_columns: list[str] | None = field(
-        default=None, metadata={"help": "The one or two text columns of your own files. Default: guessed where it is clear."}
+        default=None,
+        metadata={"help": "The one or two text columns of your own files. Default: guessed where it is clear."},
     )
-    label_column: str | None = field(default=None, metadata={"help": "The label column of your own files. Default: label."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "The label column of your own files. Default: label."}
+    )
     max_seq_length: int = field(default=128, metadata={"help": "Tokens per example, > 2; longer texts are cut."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many rows after a shuffle."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on the first so many rows after a shuffle."}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows."})
 
     def __post_init__(self) -> None:
         has_files = self.train_file is not None or self.validation_file is not None
         if (self.task_name is None) != has_files:
             raise ValueError(
-                f"task_name={self.task_name!r}, train_file={self.train_file!r}, validation_file={self.validation_file!r}: give --task_name, "
+                f"task_name={self.task_name!r}, train_file={self.train_file!r}, "
+                f"validation_file={self.validation_file!r}: give --task_name, "
                 "or --train_file and --validation_file."
             )
         if has_files and (self.train_file is None or self.validation_file is None):
@@ -101,7 +111,11 @@ def load_data(args: DataArguments, seed: int) -> tuple[DatasetDict, TextTask]:
 
 
 def tokenize_data(
-    data: DatasetDict, task: TextTask, tokenizer: PreTrainedTokenizerBase, args: DataArguments, training_args: TrainingArguments
+    data: DatasetDict,
+    task: TextTask,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    training_args: TrainingArguments,
 ) -> DatasetDict:
     """Tokenize on the first process while the others wait for its cache."""
     with training_args.main_process_first(desc="tokenizing"):
@@ -145,7 +159,12 @@ def label_config(task: TextTask) -> dict[str, Any]:
 
 
 def result_row(
-    role: str, task: TextTask, args: TrainingArguments, model: PreTrainedModel, metrics: dict[str, dict[str, float]], **more: Any
+    role: str,
+    task: TextTask,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    metrics: dict[str, dict[str, float]],
+    **more: Any,
 ) -> dict[str, Any]:
     """One row of `results.json`."""
     return {

@@ -1,4 +1,5 @@
-"""The rules that a distillation run keeps (design: drop-in, invariant, frozen teacher, projections, one gradient path)."""
+"""The rules that a distillation run keeps (design: drop-in, invariant, frozen teacher, projections, one gradient
+path)."""
 
 import os
 
@@ -6,7 +7,13 @@ import pytest
 import torch
 from conftest import copy_of, make_dataset, make_model, weights
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_kd import (
     AttentionTerm,
@@ -128,7 +135,10 @@ def test_unlabeled_rows_lose_the_task_term_alone(student, teacher, collator, mak
 @pytest.mark.parametrize("num_labels", [2, 1])
 def test_text_without_any_label_still_teaches(collator, make_args, num_labels):
     """A batch with nothing labelled must give a task loss of 0, not NaN, and move the student by the teacher alone."""
-    student, teacher = make_model(seed=2, num_hidden_layers=2, num_labels=num_labels), make_model(seed=1, num_labels=num_labels)
+    student, teacher = (
+        make_model(seed=2, num_hidden_layers=2, num_labels=num_labels),
+        make_model(seed=1, num_labels=num_labels),
+    )
     data = make_dataset(unlabeled_share=1.0, num_labels=num_labels)
     with_task, record = train(student, teacher, make_args(), collator, data)
     assert record.logs[0]["task_loss"] == 0.0
@@ -209,10 +219,17 @@ def test_losses_are_float32_under_bf16(student, teacher, collator, make_args):
 
 
 def test_each_model_reads_its_own_columns(teacher, collator, make_args):
-    """A DistilBERT student makes `Trainer` drop token_type_ids, and its BERT teacher then reads pairs as one segment."""
+    """A DistilBERT student makes `Trainer` drop token_type_ids, and its BERT teacher then reads pairs as one
+    segment."""
     seen = []
     handle = teacher.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    train(make_model("distilbert", 2, num_hidden_layers=2), teacher, make_args(max_steps=1), collator, make_dataset(pairs=True))
+    train(
+        make_model("distilbert", 2, num_hidden_layers=2),
+        teacher,
+        make_args(max_steps=1),
+        collator,
+        make_dataset(pairs=True),
+    )
     handle.remove()
     assert seen[0]["token_type_ids"].sum() > 0
     assert "labels" not in seen[0]
@@ -262,9 +279,16 @@ def test_saved_student_is_a_plain_checkpoint(teacher, collator, make_args, tmp_p
 
 
 def test_projection_is_trained_clipped_and_resumed(teacher, collator, make_args):
-    """A projection outside the optimizer stays random, with AdamW's own weight decay it drifts, unsaved it restarts."""
+    """A projection outside the optimizer stays random, with AdamW's own weight decay it drifts, unsaved it
+    restarts."""
     student = make_model(seed=2, num_hidden_layers=2, hidden_size=16)
-    changes = {"hidden_loss_weight": 1.0, "weight_decay": 0.3, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 5}
+    changes = {
+        "hidden_loss_weight": 1.0,
+        "weight_decay": 0.3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 5,
+    }
     args = make_args(**changes)
     whole, _ = train(student, teacher, args, collator)
     projection = list(whole.distillation_objective.parameters())
@@ -276,7 +300,10 @@ def test_projection_is_trained_clipped_and_resumed(teacher, collator, make_args)
     last = whole.distillation_objective.state_dict()
     assert set(saved) == set(last) and all(not torch.equal(saved[name], last[name]) for name in last)
     resumed, _ = train(
-        student, teacher, make_args(resume_from_checkpoint=os.path.join(args.output_dir, "checkpoint-2"), **changes), collator
+        student,
+        teacher,
+        make_args(resume_from_checkpoint=os.path.join(args.output_dir, "checkpoint-2"), **changes),
+        collator,
     )
     for name, value in resumed.distillation_objective.state_dict().items():
         torch.testing.assert_close(value, last[name], rtol=0, atol=1e-6)
@@ -331,7 +358,9 @@ def test_training_step_does_not_wait_for_the_device(student, teacher, collator, 
     """`.item()` or a transfer in every step stalls an accelerator, which no test on a CPU would notice."""
     calls = []
     args = make_args(**ALL_TERMS)
-    trainer = DistillationTrainer(student, args, teacher_model=teacher, train_dataset=make_dataset(), data_collator=collator)
+    trainer = DistillationTrainer(
+        student, args, teacher_model=teacher, train_dataset=make_dataset(), data_collator=collator
+    )
     inputs = collator([{k: row[k] for k in row} for row in make_dataset(8).to_list()])
     batches, counts = trainer.get_batch_samples(iter([inputs]), 1, args.device)
     student.train()
@@ -422,4 +451,3 @@ def test_objective_does_the_same_without_the_trainer(student, teacher, collator,
         outputs = student.train()(**batch)
     loss = objective.weighted_sum(objective(capture.signals(outputs, batch), reader(batch), labels))
     assert loss.item() == pytest.approx(record.logs[0]["loss"], abs=1e-3)
-

@@ -4,9 +4,10 @@ Conventions that hold for every function here:
 
 - student first, teacher second; both are converted to float32, and probabilities stay in log space;
 - the teacher is a constant: no gradient flows into it;
-- a term is a sum over what is valid divided by `num_items`, the number of valid items. By default that is the number in
-  the tensors given, so the result is their mean. A trainer that accumulates gradients, or runs on several processes, passes
-  the number in the whole optimisation step, and the parts then add up to the loss of the one large batch;
+- a term is a sum over what is valid divided by `num_items`, the number of valid items. By default that is the number
+  in the tensors given, so the result is their mean. A trainer that accumulates gradients, or runs on several
+  processes, passes the number in the whole optimisation step, and the parts then add up to the loss of the one large
+  batch;
 - nothing valid gives 0 with a zero gradient, never NaN.
 """
 
@@ -34,10 +35,17 @@ def task_loss(
 
     Returns:
         `torch.Tensor`: Scalar, in nats (classification) or squared label units (regression).
+
+    Raises:
+        ValueError: If the labels are not one per row, or a regression has several logits.
     """
+    _require(
+        labels.shape == logits.shape[:1],
+        f"labels of shape {_shape(labels)} do not fit logits of shape {_shape(logits)}; give one label per row.",
+    )
     is_labeled = labels != -100
     if is_regression:
-        _require(logits.shape[-1] == 1, f"a regression loss needs one logit, but the logits have shape {_shape(logits)}.")
+        _require(logits.shape[-1] == 1, f"a regression needs one logit, but the logits have shape {_shape(logits)}.")
         error = logits.float().squeeze(-1) - labels.float()
         total = error.square().masked_fill(~is_labeled, 0.0).sum()
     else:
@@ -48,8 +56,9 @@ def task_loss(
 def logit_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, num_items: Tensor | None = None) -> Tensor:
     r"""Kullback-Leibler divergence from the teacher's softened distribution to the student's.
 
-    $\tau^2 \sum_c p^T_c (\log p^T_c - \log p^S_c)$ with $p = \mathrm{softmax}(z / \tau)$, mean over examples; $\tau^2$ keeps the
-    size of the gradient independent of the temperature (Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2).
+    $\tau^2 \sum_c p^T_c (\log p^T_c - \log p^S_c)$ with $p = \mathrm{softmax}(z / \tau)$, mean over examples; $\tau^2$
+    keeps the size of the gradient independent of the temperature (Hinton et al. 2015,
+    https://arxiv.org/abs/1503.02531, section 2).
 
     Args:
         student (`torch.Tensor` of shape `(batch, num_labels)`): The student's logits.
@@ -73,8 +82,8 @@ def logit_soft_ce(
 ) -> Tensor:
     r"""Cross-entropy of the student under the teacher's softened distribution.
 
-    $-\tau^2 \sum_c p^T_c \log p^S_c$, mean over examples: the gradient of [`logit_kl`], the value larger by the teacher's entropy
-    (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). So it is not 0 for equal inputs.
+    $-\tau^2 \sum_c p^T_c \log p^S_c$, mean over examples: the gradient of [`logit_kl`], the value larger by the
+    teacher's entropy (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). So it is not 0 for equal inputs.
 
     Arguments, result and errors are those of [`logit_kl`].
     """
@@ -86,8 +95,8 @@ def logit_soft_ce(
 def logit_mse(student: Tensor, teacher: Tensor, *, num_items: Tensor | None = None) -> Tensor:
     r"""Squared error between logits: $\frac{1}{C} \sum_c (z^S_c - z^T_c)^2$, mean over examples.
 
-    Ba & Caruana 2014 (https://arxiv.org/abs/1312.6184, equation 1); Kim et al. 2021 (https://arxiv.org/abs/2105.08919). The one form for
-    regression, where the single logit is the predicted value.
+    Ba & Caruana 2014 (https://arxiv.org/abs/1312.6184, equation 1); Kim et al. 2021
+    (https://arxiv.org/abs/2105.08919). The one form for regression, where the single logit is the predicted value.
 
     Args:
         student (`torch.Tensor` of shape `(batch, num_labels)`): The student's logits.
@@ -111,7 +120,8 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, num_items: Ten
     TinyBERT (Jiao et al. 2020, https://arxiv.org/abs/1909.10351, equation 8), on valid positions only.
 
     Args:
-        student (`torch.Tensor` of shape `(batch, seq, hidden)`): The student's states, projected to the teacher's width.
+        student (`torch.Tensor` of shape `(batch, seq, hidden)`): The student's states, projected to the teacher's
+            width.
         teacher (`torch.Tensor` of shape `(batch, seq, hidden)`): The teacher's states.
         mask (`torch.Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding.
         num_items (`torch.Tensor`, *optional*): Number of tokens to divide by.
@@ -120,9 +130,9 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, num_items: Ten
         `torch.Tensor`: Scalar, in squared activation units.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ or the mask does not fit.
     """
-    student, teacher = _comparable(student, teacher)
+    student, teacher = _comparable(student, teacher, mask)
     # Padding may hold anything, also inf: replaced, not multiplied by 0.
     error = (student - teacher).masked_fill(~mask.bool()[..., None], 0.0)
     return error.square().mean(dim=-1).sum() / _denominator(mask.sum(), num_items)
@@ -131,12 +141,13 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, num_items: Ten
 def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor, *, num_items: Tensor | None = None) -> Tensor:
     r"""Mean over valid tokens of $1 - \cos(h^S, h^T)$.
 
-    DistilBERT (Sanh et al. 2019, https://arxiv.org/abs/1910.01108, section 2). Arguments and errors are those of [`hidden_mse`].
+    DistilBERT (Sanh et al. 2019, https://arxiv.org/abs/1910.01108, section 2). Arguments and errors are those of
+    [`hidden_mse`].
 
     Returns:
         `torch.Tensor`: Scalar between 0 and 2.
     """
-    student, teacher = _comparable(student, teacher)
+    student, teacher = _comparable(student, teacher, mask)
     is_pad = ~mask.bool()
     # Ones and not zeros: the cosine of a zero vector has no gradient.
     student, teacher = (x.masked_fill(is_pad[..., None], 1.0) for x in (student, teacher))
@@ -157,8 +168,8 @@ def attention_scores(query: Tensor, key: Tensor) -> Tensor:
 def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, num_items: Tensor | None = None) -> Tensor:
     r"""Squared error between pre-softmax attention scores, mean over heads and over valid (query, key) pairs.
 
-    TinyBERT (Jiao et al. 2020, https://arxiv.org/abs/1909.10351, equation 7), whose code counted the padding in the mean; here
-    $\sum_b m_{bi} m_{bj} (A^S - A^T)^2 / (H \sum_b n_b^2)$.
+    TinyBERT (Jiao et al. 2020, https://arxiv.org/abs/1909.10351, equation 7), whose code counted the padding in the
+    mean; here $\sum_b m_{bi} m_{bj} (A^S - A^T)^2 / (H \sum_b n_b^2)$.
 
     Args:
         student (`torch.Tensor` of shape `(batch, heads, seq, seq)`): The student's scores, see [`attention_scores`].
@@ -170,9 +181,9 @@ def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, num_items: 
         `torch.Tensor`: Scalar, in squared score units.
 
     Raises:
-        ValueError: If the shapes differ, which includes different head counts.
+        ValueError: If the shapes differ, which includes different head counts, or the mask does not fit.
     """
-    student, teacher = _comparable(student, teacher)
+    student, teacher = _comparable(student, teacher, mask)
     mask = mask.bool()
     is_pair = mask[:, None, :, None] & mask[:, None, None, :]  # (batch, 1, seq, seq)
     error = (student - teacher).masked_fill(~is_pair, 0.0)
@@ -180,30 +191,36 @@ def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, num_items: 
 
 
 def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor, *, num_items: Tensor | None = None) -> Tensor:
-    r"""Mean over valid queries and heads of $KL(\mathrm{softmax}\, A^T \,\|\, \mathrm{softmax}\, A^S)$ over the valid keys.
+    r"""Divergence of attention: mean over valid queries and heads of $KL(P^T \| P^S)$, $P$ the softmax over valid
+    keys.
 
-    MiniLM (Wang et al. 2020, https://arxiv.org/abs/2002.10957, equation 5). Arguments and errors are those of [`attention_mse`], but
-    `num_items` counts queries, that is tokens.
+    MiniLM (Wang et al. 2020, https://arxiv.org/abs/2002.10957, equation 5). Arguments and errors are those of
+    [`attention_mse`], but `num_items` counts queries, that is tokens.
 
     Returns:
         `torch.Tensor`: Scalar, in nats.
     """
-    student, teacher = _comparable(student, teacher)
+    student, teacher = _comparable(student, teacher, mask)
     mask = mask.bool()
-    is_pad_key = ~mask[:, None, None, :]
-    is_pair = mask[:, None, :, None] & ~is_pad_key  # (batch, 1, seq, seq)
-    # The lowest finite number and not -inf: a row without a valid key stays finite, and is dropped below.
+    is_pair = mask[:, None, :, None] & mask[:, None, None, :]  # (batch, 1, seq, seq)
+    # The lowest finite number, not -inf: rows of padded queries become finite, whatever they hold, and drop out below.
     lowest = torch.finfo(torch.float32).min
-    log_student, log_teacher = (x.masked_fill(is_pad_key, lowest).log_softmax(dim=-1) for x in (student, teacher))
+    log_student, log_teacher = (x.masked_fill(~is_pair, lowest).log_softmax(dim=-1) for x in (student, teacher))
     divergence = log_teacher.exp() * (log_teacher - log_student)
     return divergence.masked_fill(~is_pair, 0.0).mean(dim=1).sum() / _denominator(mask.sum(), num_items)
 
 
-def _comparable(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _comparable(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     _require(
         student.shape == teacher.shape,
         f"student and teacher cannot be compared: shapes {_shape(student)} and {_shape(teacher)} differ.",
     )
+    if mask is not None:
+        batch, seq = student.shape[0], student.shape[-1 if student.dim() == 4 else 1]
+        _require(
+            mask.shape == (batch, seq),
+            f"the mask has shape {_shape(mask)}, but tensors of shape {_shape(student)} need {(batch, seq)}.",
+        )
     return student.float(), teacher.detach().float()
 
 
@@ -219,7 +236,9 @@ def _log_softmax_pair(student: Tensor, teacher: Tensor, temperature: float) -> t
 
 
 def _denominator(count: Tensor | int, num_items: Tensor | None) -> Tensor:
-    return torch.as_tensor(count).clamp(min=1) if num_items is None else num_items
+    # A count divided by the number of processes may lie between 0 and 1: only 0 itself is replaced.
+    count = torch.as_tensor(count if num_items is None else num_items)
+    return count.masked_fill(count == 0, 1)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -26,7 +26,9 @@ def _check_term(term: Any, loss_types: Any = None) -> None:
     if not (math.isfinite(term.weight) and term.weight >= 0):
         raise ValueError(f"{term.name}_weight={term.weight} must be a finite number >= 0; 0 switches the term off.")
     if loss_types is not None and term.type is not None and term.type not in get_args(loss_types):
-        raise ValueError(f"{term.name}_type={term.type!r} must be one of {', '.join(map(repr, get_args(loss_types)))}.")
+        raise ValueError(
+            f"{term.name}_type={term.type!r} must be one of {', '.join(map(repr, get_args(loss_types)))}."
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ class LogitTerm:
     def __post_init__(self) -> None:
         _check_term(self, LogitLossType)
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"{self.name}: temperature={self.temperature} must be a finite number > 0, usually 1 to 8.")
+            raise ValueError(
+                f"{self.name}: temperature={self.temperature} must be a finite number > 0, usually 1 to 8."
+            )
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ class AttentionTerm:
     Args:
         weight (`float`, *optional*, defaults to 1.0): Factor of the term in the sum.
         type (`str`, *optional*, defaults to `"mse"`):
-            `"mse"` between the scores before the softmax, or `"kl"` between the distributions after it, see `losses.py`.
+            `"mse"` between the scores before the softmax, or `"kl"` between the distributions after it, see
+            `losses.py`.
         layers (`str` or list of pairs, *optional*, defaults to `"uniform"`): The layer map, see [`layer_pairs`].
         name (`str`, *optional*, defaults to `"attention_loss"`): Key of the term in the result and the logs.
     """
@@ -119,17 +124,18 @@ Term = TaskTerm | LogitTerm | HiddenTerm | AttentionTerm
 class DistillationObjective(nn.Module):
     """A weighted sum of loss terms between a student, its teacher and the labels.
 
-    It knows neither trainer nor models, only their configs and the signals read from them. Terms of weight 0 are dropped:
-    nothing is captured, projected or computed for them.
+    It knows neither trainer nor models, only their configs and the signals read from them. Terms of weight 0 are
+    dropped: nothing is captured, projected or computed for them.
 
     ```python
-    objective = DistillationObjective([TaskTerm(0.5), LogitTerm(0.5, temperature=4.0), HiddenTerm(1.0, layers="1:4,2:8")])
-    objective.bind(student.config, teacher.config)
-    terms = objective(student_signals, teacher_signals, labels)  # {"task_loss": ..., "logit_loss": ..., "hidden_loss": ...}
-    loss = objective.weighted_sum(terms)
+    terms = [TaskTerm(0.5), LogitTerm(0.5, temperature=4.0), HiddenTerm(1.0, layers="1:4,2:8")]
+    objective = DistillationObjective(terms).bind(student.config, teacher.config)
+    values = objective(student_signals, teacher_signals, labels)  # {"task_loss": ..., "logit_loss": ..., ...}
+    loss = objective.weighted_sum(values)
     ```
 
-    Its parameters are the projections of hidden states between different widths, made by `bind`. They belong in the optimizer.
+    Its parameters are the projections of hidden states between different widths, made by `bind`. They belong in the
+    optimizer.
 
     Args:
         terms (sequence of [`TaskTerm`], [`LogitTerm`], [`HiddenTerm`], [`AttentionTerm`]):
@@ -143,10 +149,15 @@ class DistillationObjective(nn.Module):
         super().__init__()
         self.terms: list[Term] = [term for term in terms if term.weight > 0]
         if not self.terms:
-            raise ValueError("every loss weight is 0, so there is nothing to train on; set for example logit_loss_weight=0.5.")
+            raise ValueError(
+                "every loss weight is 0, so there is nothing to train on; set for example logit_loss_weight=0.5."
+            )
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
-            raise ValueError(f"loss terms share a name: {names}; give each a name of its own, e.g. HiddenTerm(name='hidden_loss_top').")
+            raise ValueError(
+                f"loss terms share a name: {names}; give each a name of its own, e.g. "
+                "HiddenTerm(name='hidden_loss_top')."
+            )
         self.pairs: dict[str, list[LayerPair]] = {}
         self.projections = nn.ModuleDict()
         self._is_bound = False
@@ -158,7 +169,7 @@ class DistillationObjective(nn.Module):
 
     @property
     def has_projections(self) -> bool:
-        """Whether there are parameters to train: student and teacher differ in width and their hidden states are compared."""
+        """Whether there are parameters to train: hidden states are compared between different widths."""
         return any(True for _ in self.parameters())
 
     @property
@@ -176,7 +187,8 @@ class DistillationObjective(nn.Module):
 
         Args:
             student_config ([`~transformers.PretrainedConfig`]): The student's config.
-            teacher_config ([`~transformers.PretrainedConfig`], *optional*): The teacher's; none is needed for the task term alone.
+            teacher_config ([`~transformers.PretrainedConfig`], *optional*): The teacher's; none is needed for the task
+                term alone.
 
         Returns:
             [`DistillationObjective`]: Itself.
@@ -186,21 +198,18 @@ class DistillationObjective(nn.Module):
         """
         if self.needs_teacher and teacher_config is None:
             on = ", ".join(term.name for term in self.terms if not isinstance(term, TaskTerm))
-            raise ValueError(f"the terms {on} compare with a teacher, but there is none; pass teacher_model=..., a model or a path.")
+            raise ValueError(
+                f"the terms {on} compare with a teacher, but there is none; pass teacher_model=..., a model or a path."
+            )
         self._is_regression = is_regression(student_config)
         for term in self.terms:
             if isinstance(term, LogitTerm):
                 self._check_logits(term, student_config, teacher_config)
             elif isinstance(term, HiddenTerm | AttentionTerm):
-                is_attention = isinstance(term, AttentionTerm)
-                pairs = layer_pairs(
-                    term.layers,
-                    student_config.num_hidden_layers,
-                    teacher_config.num_hidden_layers,
-                    first_layer=1 if is_attention else 0,
-                )
-                self.pairs[term.name] = pairs
-                if is_attention:
+                depths = student_config.num_hidden_layers, teacher_config.num_hidden_layers
+                first_layer = 1 if isinstance(term, AttentionTerm) else 0
+                pairs = self.pairs[term.name] = layer_pairs(term.layers, *depths, first_layer=first_layer)
+                if isinstance(term, AttentionTerm):
                     self._check_attention(term, student_config, teacher_config)
                 elif not self._is_bound:
                     widths = student_config.hidden_size, teacher_config.hidden_size
@@ -222,7 +231,8 @@ class DistillationObjective(nn.Module):
             student ([`Signals`]): Read from the student.
             teacher ([`Signals`], *optional*): Read from the teacher, logits in the student's label order.
             labels (`torch.Tensor` of shape `(batch,)`, *optional*): -100 marks a row without a label.
-            num_items ([`ItemCounts`], *optional*): What to divide by, when the batch is a part of the optimisation step.
+            num_items ([`ItemCounts`], *optional*): What to divide by, when the batch is a part of the optimisation
+                step.
             task_loss (`torch.Tensor`, *optional*): The task term, where the caller has its own.
 
         Returns:
@@ -232,11 +242,14 @@ class DistillationObjective(nn.Module):
             ValueError: If a term lacks its signal.
         """
         if not self._is_bound:
-            raise ValueError("the objective does not know its models yet; call objective.bind(student.config, teacher.config) first.")
+            raise ValueError(
+                "the objective does not know its models yet; call objective.bind(student.config, teacher.config) "
+                "first."
+            )
         if student.logits.dim() != 2:
             raise ValueError(
-                f"the student's logits have shape {tuple(student.logits.shape)}, but (batch, num_labels) is needed: sequence "
-                "classification and one-value regression can be distilled."
+                f"the student's logits have shape {tuple(student.logits.shape)}, but (batch, num_labels) is needed: "
+                "sequence classification and one-value regression can be distilled."
             )
         # Scores from q and k, and projections, would otherwise be rounded to bfloat16 by the training step's autocast.
         with torch.autocast(student.logits.device.type, enabled=False):
@@ -249,49 +262,59 @@ class DistillationObjective(nn.Module):
 
     def weighted_sum(self, terms: dict[str, Tensor]) -> Tensor:
         """The loss to train on: each term times its weight, as given."""
-        return sum(term.weight * terms[term.name] for term in self.terms)
+        return torch.stack([term.weight * terms[term.name] for term in self.terms]).sum()
 
     def _compute(
-        self, term: Term, student: Signals, teacher: Signals | None, labels: Tensor | None, num_items: ItemCounts | None
+        self,
+        term: Term,
+        student: Signals,
+        teacher: Signals | None,
+        labels: Tensor | None,
+        num_items: ItemCounts | None,
     ) -> Tensor:
         if isinstance(term, TaskTerm):
             return self._task_loss(term, student, labels, num_items)
         if teacher is None:
-            raise ValueError(f"{term.name} has weight {term.weight}, but there are no teacher signals to compare with.")
+            raise ValueError(
+                f"{term.name} has weight {term.weight}, but there are no teacher signals to compare with."
+            )
         if isinstance(term, LogitTerm):
             items = num_items and num_items.examples
             loss_type = term.type or ("mse" if self._is_regression else "kl")
             if loss_type == "mse":
                 return losses.logit_mse(student.logits, teacher.logits, num_items=items)
-            loss = losses.logit_kl if loss_type == "kl" else losses.logit_soft_ce
-            return loss(student.logits, teacher.logits, temperature=term.temperature, num_items=items)
+            logit_loss = losses.logit_kl if loss_type == "kl" else losses.logit_soft_ce
+            return logit_loss(student.logits, teacher.logits, temperature=term.temperature, num_items=items)
 
         pairs, mask = self.pairs[term.name], student.attention_mask
         if isinstance(term, HiddenTerm):
-            loss = losses.hidden_mse if term.type == "mse" else losses.hidden_cosine
+            hidden_loss = losses.hidden_mse if term.type == "mse" else losses.hidden_cosine
             items, projection = num_items and num_items.tokens, self.projections[term.name]
             values = [
-                loss(projection(student.hidden[s], s), teacher.hidden[t], mask, num_items=items) for s, t in pairs
+                hidden_loss(projection(student.hidden[s], s), teacher.hidden[t], mask, num_items=items)
+                for s, t in pairs
             ]
         else:
             is_mse = term.type == "mse"
-            loss = losses.attention_mse if is_mse else losses.attention_kl
+            attention_loss = losses.attention_mse if is_mse else losses.attention_kl
             items = num_items and (num_items.token_pairs if is_mse else num_items.tokens)
             values = [
-                loss(_scores(student, s), _scores(teacher, t), mask, num_items=items) for s, t in pairs
+                attention_loss(_scores(student, s), _scores(teacher, t), mask, num_items=items) for s, t in pairs
             ]
         return torch.stack(values).mean()
 
-    def _task_loss(self, term: TaskTerm, student: Signals, labels: Tensor | None, num_items: ItemCounts | None) -> Tensor:
+    def _task_loss(
+        self, term: TaskTerm, student: Signals, labels: Tensor | None, num_items: ItemCounts | None
+    ) -> Tensor:
         if labels is None:
             raise ValueError(
-                f"{term.name} has weight {term.weight}, but the batch has no labels; add a `labels` column (-100 marks a row "
-                "without a label), or set task_loss_weight=0."
+                f"{term.name} has weight {term.weight}, but the batch has no labels; add a `labels` column (-100 "
+                "marks a row without a label), or set task_loss_weight=0."
             )
         if labels.is_floating_point() and not self._is_regression:
             raise ValueError(
-                f"the labels are {labels.dtype} for {student.logits.shape[-1]} classes; give class indices as integers, or set "
-                "num_labels=1 for regression."
+                f"the labels are {labels.dtype} for {student.logits.shape[-1]} classes; give class indices as "
+                "integers, or set num_labels=1 for regression."
             )
         return losses.task_loss(
             student.logits,
@@ -311,13 +334,13 @@ class DistillationObjective(nn.Module):
     def _check_logits(self, term: LogitTerm, student_config: Any, teacher_config: Any) -> None:
         if student_config.num_labels != teacher_config.num_labels:
             raise ValueError(
-                f"{term.name}: the student has {student_config.num_labels} labels and the teacher {teacher_config.num_labels}; load the "
-                f"student with num_labels={teacher_config.num_labels}."
+                f"{term.name}: the student has {student_config.num_labels} labels and the teacher "
+                f"{teacher_config.num_labels}; load the student with num_labels={teacher_config.num_labels}."
             )
         if self._is_regression and term.type not in (None, "mse"):
             raise ValueError(
-                f"{term.name}_type={term.type!r} compares softmaxes, but the models have one logit, whose softmax is always 1: the "
-                "loss would be 0 and teach nothing. Set logit_loss_type='mse'."
+                f"{term.name}_type={term.type!r} compares softmaxes, but the models have one logit, whose softmax is "
+                "always 1: the loss would be 0 and teach nothing. Set logit_loss_type='mse'."
             )
 
     def _check_attention(self, term: AttentionTerm, student_config: Any, teacher_config: Any) -> None:
@@ -325,8 +348,9 @@ class DistillationObjective(nn.Module):
         heads = student_config.num_attention_heads, teacher_config.num_attention_heads
         if heads[0] != heads[1]:
             raise ValueError(
-                f"{term.name}: the student has {heads[0]} attention heads and the teacher {heads[1]}, which cannot be compared head by "
-                f"head; make a student with num_attention_heads={heads[1]}, or set attention_loss_weight=0."
+                f"{term.name}: the student has {heads[0]} attention heads and the teacher {heads[1]}, which cannot be "
+                f"compared head by head; make a student with num_attention_heads={heads[1]}, or set "
+                "attention_loss_weight=0."
             )
 
 
@@ -339,8 +363,8 @@ def is_regression(config: Any) -> bool:
     expected = "regression" if config.num_labels == 1 else "single_label_classification"
     if config.problem_type not in (None, expected):
         raise ValueError(
-            f"problem_type={config.problem_type!r} with num_labels={config.num_labels} cannot be distilled; one label per row "
-            "(num_labels >= 2) and one-value regression (num_labels=1) can."
+            f"problem_type={config.problem_type!r} with num_labels={config.num_labels} cannot be distilled; one label "
+            "per row (num_labels >= 2) and one-value regression (num_labels=1) can."
         )
     return config.num_labels == 1
 

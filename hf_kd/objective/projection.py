@@ -6,8 +6,8 @@ from torch import Tensor, nn
 class Projection(nn.Module):
     """One linear map per layer, which exists for training alone and is no part of the student.
 
-    TinyBERT's learnable transformation (https://arxiv.org/abs/1909.10351, equation 8). Where the widths are equal there is nothing to
-    map and no parameter.
+    TinyBERT's learnable transformation (https://arxiv.org/abs/1909.10351, equation 8). Where the widths are equal
+    there is nothing to map and no parameter.
 
     Args:
         student_width (`int`): Width of the student's hidden states.

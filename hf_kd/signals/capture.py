@@ -1,7 +1,7 @@
 """Reads hidden states and attention vectors out of a running model: the one file that knows model families.
 
-Hooks on the wanted blocks keep the fused attention kernels, which return no attention maps, and keep nothing that is not
-compared.
+Hooks on the wanted blocks keep the fused attention kernels, which return no attention maps, and keep nothing that is
+not compared.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def family_of(config: Any) -> Family:
     """
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"the layers of model type {config.model_type!r} are not known; attention distillation and copying layers work for "
-            f"{', '.join(sorted(FAMILIES))}. Logits and hidden states can be distilled from any encoder: set attention_loss_weight=0."
+            f"the layers of model type {config.model_type!r} are not known; attention distillation and copying layers "
+            f"work for {', '.join(sorted(FAMILIES))}. Logits and hidden states can be distilled from any encoder: set "
+            "attention_loss_weight=0."
         )
     return FAMILIES[config.model_type]
 
@@ -85,8 +86,8 @@ def columns_for(columns: set[str] | None, inputs: Mapping[str, Any]) -> dict[str
 class Capture:
     """Reads the wanted signals of the forward that runs inside its `with` block.
 
-    Outside the block nothing is recorded: gradient checkpointing runs the forward, hooks included, a second time in the
-    backward.
+    Outside the block nothing is recorded: gradient checkpointing runs the forward, hooks included, a second time in
+    the backward.
 
     ```python
     capture = Capture(model, Wanted(hidden=frozenset({6})))
@@ -96,7 +97,8 @@ class Capture:
     ```
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The model itself, not a wrapper; what runs may be a wrapper around it.
+        model ([`~transformers.PreTrainedModel`]): The model itself, not a wrapper; what runs may be a wrapper around
+            it.
         wanted ([`Wanted`]): The layers to read.
 
     Raises:
@@ -107,7 +109,7 @@ class Capture:
         self.wanted = wanted
         self.forward_kwargs: dict[str, Any] = {}
         self._config = model.config
-        self._blocks: nn.ModuleList | None = None
+        self._blocks: Any = None
         self._handles: list[Any] = []
         self._hidden: dict[int, Tensor] = {}
         self._queries: dict[int, Tensor] = {}
@@ -155,9 +157,10 @@ class Capture:
             hidden = {layer: outputs.hidden_states[layer] for layer in self.wanted.hidden}
         if set(hidden) != self.wanted.hidden or set(queries) != self.wanted.attention:
             raise ValueError(
-                f"the forward of {self._config.model_type!r} recorded hidden states of layers {sorted(hidden)} and attention of "
-                f"{sorted(queries)}, but {sorted(self.wanted.hidden)} and {sorted(self.wanted.attention)} are wanted; do not drop layers "
-                "(LayerDrop) or replace blocks while distilling."
+                f"the forward of {self._config.model_type!r} recorded hidden states of layers {sorted(hidden)} and "
+                f"attention of {sorted(queries)}, but {sorted(self.wanted.hidden)} and "
+                f"{sorted(self.wanted.attention)} are wanted; do not drop layers (LayerDrop) or replace blocks while "
+                "distilling."
             )
         self._require_gradient(queries)
         heads = self._config.num_attention_heads
@@ -178,8 +181,9 @@ class Capture:
             projection = attrgetter(family_of(self._config).query)(self._blocks[layer - 1])
             if torch.is_grad_enabled() and projection.weight.requires_grad and not query.requires_grad:
                 raise ValueError(
-                    f"the queries of layer {layer} carry no gradient because gradient checkpointing runs with use_reentrant=True, so the "
-                    "attention loss would train nothing; set gradient_checkpointing_kwargs={'use_reentrant': False}."
+                    f"the queries of layer {layer} carry no gradient because gradient checkpointing runs with "
+                    "use_reentrant=True, so the attention loss would train nothing; set "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
 
 

@@ -1,7 +1,7 @@
 """Which student layer is compared with which teacher layer.
 
-Layers are numbered by block: block k is `hidden_states[k]` and `attentions[k-1]`; 0 means the embeddings and is valid for hidden
-states only.
+Layers are numbered by block: block k is `hidden_states[k]` and `attentions[k-1]`; 0 means the embeddings and is valid
+for hidden states only.
 """
 
 from collections.abc import Iterable
@@ -21,8 +21,8 @@ LayerMapping = str | Iterable[tuple[int, int]]
 def uniform_layers(num_selected: int, num_layers: int) -> list[int]:
     """Spread `num_selected` layers evenly over `num_layers`, the last one always included.
 
-    TinyBERT's map (https://arxiv.org/abs/1909.10351, section 4.2): 3 of 6 are `[2, 4, 6]`. Where the division leaves a remainder the
-    layer is rounded up: 4 of 6 are `[2, 3, 5, 6]`.
+    TinyBERT's map (https://arxiv.org/abs/1909.10351, section 4.2): 3 of 6 are `[2, 4, 6]`. Where the division leaves a
+    remainder the layer is rounded up: 4 of 6 are `[2, 3, 5, 6]`.
     """
     return [-(-k * num_layers // num_selected) for k in range(1, num_selected + 1)]
 
@@ -34,8 +34,9 @@ def layer_pairs(
 
     Args:
         mapping (`str` or iterable of `(int, int)`):
-            `"uniform"` (every student block, teacher blocks spread evenly), `"last"` (the two last blocks), `"first"` (student block k and
-            teacher block k), or pairs of student and teacher layer: `"1:4,2:8"` or `[(1, 4), (2, 8)]`.
+            `"uniform"` (every student block, teacher blocks spread evenly), `"last"` (the two last blocks), `"first"`
+            (student block k and teacher block k), or pairs of student and teacher layer: `"1:4,2:8"` or
+            `[(1, 4), (2, 8)]`.
         num_student_layers (`int`): Number of the student's blocks.
         num_teacher_layers (`int`): Number of the teacher's blocks.
         first_layer (`int`, *optional*, defaults to 0): Lowest layer allowed: 0 for hidden states, 1 for attention.
@@ -44,7 +45,8 @@ def layer_pairs(
         `list[LayerPair]`: The pairs in the given order.
 
     Raises:
-        ValueError: If the map cannot be read, is empty, names a layer twice for the student, or a layer that is not there.
+        ValueError: If the map cannot be read, is empty, names a layer twice for the student, or a layer that is not
+        there.
     """
     if mapping in ("uniform", "first") and num_student_layers > num_teacher_layers:
         raise ValueError(
@@ -73,7 +75,9 @@ def layer_pairs(
                     f"{first_layer} to {num_layers}; use for example layer_mapping='uniform'."
                 )
     if len({pair.student for pair in pairs}) < len(pairs):
-        raise ValueError(f"layer_mapping={mapping!r} names a student layer twice; give each student layer one teacher layer.")
+        raise ValueError(
+            f"layer_mapping={mapping!r} names a student layer twice; give each student layer one teacher layer."
+        )
     return pairs
 
 
@@ -85,7 +89,7 @@ def _read_pairs(mapping: LayerMapping) -> list[LayerPair]:
         pairs = []
     if not pairs:
         raise ValueError(
-            f"layer_mapping={mapping!r} cannot be read; use 'uniform', 'last', 'first' or pairs of student and teacher "
-            "layer such as '1:4,2:8'."
+            f"layer_mapping={mapping!r} cannot be read; use 'uniform', 'last', 'first' or pairs of student and "
+            "teacher layer such as '1:4,2:8'."
         )
     return pairs

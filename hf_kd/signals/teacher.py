@@ -23,13 +23,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Teacher:
     """A frozen model that gives the signals a student learns from.
 
-    The model is put in eval mode and stops requiring gradients; its weights never change. It is not a `torch.nn.Module`, so it
-    gets into no optimizer, wrapper or checkpoint.
+    The model is put in eval mode and stops requiring gradients; its weights never change. It is not a
+    `torch.nn.Module`, so it gets into no optimizer, wrapper or checkpoint.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The teacher.
-        student_config ([`~transformers.PretrainedConfig`]): The student's config, in whose label order the logits are given.
-        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`. By default the dtype it has, under the run's autocast.
+        student_config ([`~transformers.PretrainedConfig`]): The student's config, in whose label order the logits are
+            given.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`. By default the dtype it has, under the
+            run's autocast.
         device (`torch.device`, *optional*): Where to put the teacher. By default it stays where it is.
 
     Raises:
@@ -60,13 +62,18 @@ class Teacher:
         """Run the teacher.
 
         Args:
-            inputs (`Mapping[str, Any]`): A batch on the teacher's device; columns that its `forward` does not declare are left out.
+            inputs (`Mapping[str, Any]`): A batch on the teacher's device; columns that its `forward` does not declare
+                are left out.
 
         Returns:
             [`Signals`]: Without gradient, the logits in the student's label order.
         """
         inputs = columns_for(self.columns, {name: value for name, value in inputs.items() if name != "labels"})
-        own_dtype = torch.autocast(self.model.device.type, enabled=False) if self._runs_in_own_dtype else contextlib.nullcontext()
+        own_dtype = (
+            torch.autocast(self.model.device.type, enabled=False)
+            if self._runs_in_own_dtype
+            else contextlib.nullcontext()
+        )
         with own_dtype, self.capture:
             outputs = self.model(**inputs, **self.capture.forward_kwargs)
         signals = self.capture.signals(outputs, inputs)
@@ -92,20 +99,21 @@ def load_teacher(path: str | os.PathLike) -> PreTrainedModel:
     model_class = getattr(transformers, name, None)
     if model_class is None or "For" not in name:
         raise ValueError(
-            f"teacher_model={path!r} is {name or 'a model without architectures in its config'}, which transformers has no task head for; "
-            "fine-tune it first (recipes/glue_finetune.py), or load it yourself and pass the model."
+            f"teacher_model={path!r} is {name or 'a model without architectures in its config'}, which transformers "
+            "has no task head for; fine-tune it first (recipes/glue_finetune.py), or load it yourself and pass the "
+            "model."
         )
     try:
         model, info = model_class.from_pretrained(path, use_safetensors=True, output_loading_info=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"teacher_model={path!r} cannot be loaded from safetensors: {error} Save it with save_pretrained(), which writes "
-            "model.safetensors."
+            f"teacher_model={path!r} cannot be loaded from safetensors: {error} Save it with save_pretrained(), which "
+            "writes model.safetensors."
         ) from error
     if info["missing_keys"]:
         raise ValueError(
-            f"teacher_model={path!r} lacks the weights {sorted(info['missing_keys'])}, which would be random; fine-tune it first "
-            "(recipes/glue_finetune.py)."
+            f"teacher_model={path!r} lacks the weights {sorted(info['missing_keys'])}, which would be random; "
+            "fine-tune it first (recipes/glue_finetune.py)."
         )
     return model
 
@@ -118,16 +126,19 @@ def check_vocabulary(student_config: Any, teacher_config: Any) -> None:
     """
     if student_config.vocab_size != teacher_config.vocab_size:
         raise ValueError(
-            f"the student ({student_config.model_type}) has a vocabulary of {student_config.vocab_size} tokens, the teacher "
-            f"({teacher_config.model_type}) one of {teacher_config.vocab_size}, but both read the same input_ids; take a student with the "
-            "teacher's tokenizer, for example student_from_teacher(teacher, num_layers=3)."
+            f"the student ({student_config.model_type}) has a vocabulary of {student_config.vocab_size} tokens, the "
+            f"teacher ({teacher_config.model_type}) one of {teacher_config.vocab_size}, but both read the same "
+            "input_ids; take a student with the teacher's tokenizer, for example student_from_teacher(teacher, "
+            "num_layers=3)."
         )
 
 
 def load_teacher_tokenizer(path: str | os.PathLike) -> Any | None:
     """The tokenizer saved with a teacher; `None` for a local folder without one."""
     is_local = os.path.isdir(path)
-    if is_local and not any(os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+    if is_local and not any(
+        os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "vocab.txt", "vocab.json")
+    ):
         return None
     return AutoTokenizer.from_pretrained(path)
 
@@ -142,11 +153,13 @@ def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
         return
     student_vocab, teacher_vocab = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if student_vocab != teacher_vocab:
-        different = sorted(t for t in student_vocab.keys() | teacher_vocab.keys() if student_vocab.get(t) != teacher_vocab.get(t))
+        different = sorted(
+            t for t in student_vocab.keys() | teacher_vocab.keys() if student_vocab.get(t) != teacher_vocab.get(t)
+        )
         examples = ", ".join(f"{t!r}: {student_vocab.get(t)} and {teacher_vocab.get(t)}" for t in different[:3])
         raise ValueError(
-            f"student and teacher give different ids to {len(different)} tokens ({examples}), but both read the same input_ids; take "
-            "a student that was made from the teacher or shares its tokenizer."
+            f"student and teacher give different ids to {len(different)} tokens ({examples}), but both read the same "
+            "input_ids; take a student that was made from the teacher or shares its tokenizer."
         )
 
 
@@ -163,8 +176,9 @@ def label_order(student_config: Any, teacher_config: Any) -> list[int] | None:
     folded = {name.casefold(): index for index, name in enumerate(teacher_labels)}
     if sorted(folded) != sorted(name.casefold() for name in student_labels) or len(folded) != len(teacher_labels):
         raise ValueError(
-            f"the labels of student and teacher do not fit: {student_labels} and {teacher_labels}; load the student with the teacher's "
-            "labels: from_pretrained(..., id2label=teacher.config.id2label, label2id=teacher.config.label2id)."
+            f"the labels of student and teacher do not fit: {student_labels} and {teacher_labels}; load the student "
+            "with the teacher's labels: from_pretrained(..., id2label=teacher.config.id2label, "
+            "label2id=teacher.config.label2id)."
         )
     order = [folded[name.casefold()] for name in student_labels]
     return None if order == list(range(len(order))) else order

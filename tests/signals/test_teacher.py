@@ -5,14 +5,16 @@ import torch
 from conftest import copy_of, make_dataset, make_model, make_rows, weights
 
 from hf_kd import DistillationTrainer
-from hf_kd.signals import Teacher
+from hf_kd.signals import Teacher, Wanted
 from hf_kd.signals.capture import FAMILIES
 from hf_kd.signals.teacher import load_teacher, reorder_labels
 
 
 def make_labeled(names, family="bert", seed=0, **changes):
     id2label = dict(enumerate(names))
-    return make_model(family, seed=seed, id2label=id2label, label2id={name: i for i, name in id2label.items()}, **changes)
+    return make_model(
+        family, seed=seed, id2label=id2label, label2id={name: i for i, name in id2label.items()}, **changes
+    )
 
 
 @pytest.fixture
@@ -44,6 +46,9 @@ def test_classes_are_aligned_by_name(batch, student_names, teacher_names, order)
 def test_reordered_labels_keep_their_predictions(batch, family):
     """A head in another order than the names of the config would answer every class with the name of another."""
     model = make_labeled(["contradiction", "entailment", "neutral"], family)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.normal_()  # a fresh head has biases of 0, in any order
     inputs = {name: value for name, value in batch.items() if family != "distilbert" or name != "token_type_ids"}
     before, before_state = model(**inputs).logits, copy_of(model).state_dict()
     reorder_labels(model, ["entailment", "neutral", "contradiction"])
@@ -87,10 +92,13 @@ def test_training_leaves_the_teacher_untouched(make_args, collator):
 
 
 def test_teacher_signals_carry_no_graph(teacher, student, batch):
-    """The backward would run through the teacher: twice the memory, and gradients nobody reads."""
-    signals = Teacher(teacher, student.config)(batch)
-    assert signals.logits.requires_grad is False
-    assert signals.logits.grad_fn is None
+    """The backward would run through a teacher whose gradients someone switched on: memory, for nothing."""
+    frozen = Teacher(teacher, student.config)
+    frozen.watch(Wanted(hidden=frozenset({4}), attention=frozenset({4})))
+    teacher.requires_grad_(True)
+    signals = frozen(batch)
+    for tensor in (signals.logits, signals.hidden[4], signals.queries[4], signals.keys[4]):
+        assert tensor.requires_grad is False
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -1,0 +1,56 @@
+"""What two processes must give: the result of one. Each test starts two real gloo processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = Path(__file__).parent / "scripts" / "train_tiny.py"
+
+pytestmark = pytest.mark.distributed
+
+
+def launch(script, *args, processes=2, check=True, config=None):
+    """Run a script under `accelerate launch` with the shipped CPU configs."""
+    name = config or ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "recipes" / "accelerate_configs" / name), str(script), *map(str, args)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    if check:
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    return result
+
+
+def train(tmp_path, processes, batch_size, **changes):
+    output = tmp_path / f"out_{processes}_{batch_size}"
+    settings = {"batch_size": batch_size, "output": str(output), **changes}
+    launch(SCRIPT, json.dumps(settings), processes=processes)
+    found = [json.loads((output / f"rank_{rank}.json").read_text()) for rank in range(processes)]
+    assert [rank["world_size"] for rank in found] == [processes] * processes
+    return found
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Means per process are not the mean of the batch when lengths and labels are ragged; gradients would differ."""
+    changes = {"hidden_size": 16, "unlabeled_share": 0.5}
+    (one,) = train(tmp_path, 1, 8, **changes)
+    two = train(tmp_path, 2, 4, **changes)
+    for rank in two:
+        assert rank["student"] == pytest.approx(one["student"], abs=2e-6)
+        assert rank["projection"] == pytest.approx(one["projection"], abs=2e-6)
+        # Synchronised, not only close: the ranks' own copies must never drift apart.
+        assert rank["student"] == two[0]["student"] and rank["projection"] == two[0]["projection"]
+        # A teacher under DDP costs memory, and fails: no parameter of it requires a gradient.
+        assert (rank["student_class"], rank["teacher_class"]) == (
+            "DistributedDataParallel",
+            "BertForSequenceClassification",
+        )
+    for name, value in one["logs"].items():
+        assert two[0]["logs"][name] == pytest.approx(value, rel=1e-4), name
