@@ -163,6 +163,7 @@ def main() -> None:
     if student_trainer.is_world_process_zero():
         write_results(Path(args.output_dir) / "results.json", rows)
         print(format_table(rows))
+    student_trainer.accelerator.end_training()
 
 
 def load_task_teacher(model_args: ModelArguments, task: TextTask) -> PreTrainedModel:

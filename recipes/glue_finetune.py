@@ -3,7 +3,7 @@
 accelerate launch recipes/glue_finetune.py --task_name sst2 --model_name_or_path google-bert/bert-base-uncased
 --output_dir runs/sst2-teacher
 
-A YAML file may come first: `glue_finetune.py recipes/configs/finetune/sst2.yaml --output_dir runs/sst2-teacher`.
+A YAML file with arguments may come first: `glue_finetune.py recipes/configs/demo_teacher.yaml --output_dir ...`.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def main() -> None:
         )
         write_results(Path(args.output_dir) / "results.json", [row])
         print(format_table([row]))
+    trainer.accelerator.end_training()
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:

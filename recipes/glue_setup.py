@@ -94,7 +94,9 @@ def load_data(args: DataArguments, seed: int) -> tuple[DatasetDict, TextTask]:
     A split `test` is what a task is measured on, if it has one; learning rates are chosen on the validation split.
     """
     if args.task_name == "demo":
-        data, task = generate_demo_task()
+        data, task = generate_demo_task(num_validation=1400)
+        data["test"] = data["validation"].select(range(400, 1400))
+        data["validation"] = data["validation"].select(range(400))
     elif args.task_name is not None:
         data, task = load_glue(args.task_name, args.glue_dir), GLUE_TASKS[args.task_name]
     else:
