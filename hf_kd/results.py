@@ -91,8 +91,9 @@ def _values(rows: Sequence[dict[str, Any]], task: str, role: str) -> list[float]
 
 def _command() -> str:
     """The command line, absolute paths shortened to their last part and tokens left out."""
-    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]
-    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", shlex.join(["python", *words]))
+    script = "/".join(Path(sys.argv[0]).parts[-2:])
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", shlex.join(["python", script, *words]))
 
 
 def _version(package: str) -> str | None:
