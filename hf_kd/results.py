@@ -74,7 +74,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
             value = f"{statistics.mean(values):.2f}" + (
                 f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             )
-            kept = f"{statistics.mean(values) / statistics.mean(teacher):.1%}" if teacher else ""
+            kept = f"{statistics.mean(values) / statistics.mean(teacher):.1%}" if teacher and any(teacher) else ""
             lines.append(
                 f"| {task} | {name} | {row['main_metric']['name']} | {len(values)} | {value} | "
                 f"{row['parameters'] / 1e6:.1f}M | {kept} "
@@ -91,9 +91,13 @@ def _values(rows: Sequence[dict[str, Any]], task: str, role: str) -> list[float]
 
 def _command() -> str:
     """The command line, absolute paths shortened to their last part and tokens left out."""
-    script = "/".join(Path(sys.argv[0]).parts[-2:])
-    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", shlex.join(["python", script, *words]))
+    script = Path(sys.argv[0])
+    script = Path("recipes", script.name) if script.parent.name == "recipes" else Path(script.name)
+    words = []
+    for word in sys.argv[1:]:
+        flag, equals, value = word.rpartition("=")
+        words.append(flag + equals + (Path(value).name if os.path.isabs(value) else value))
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", shlex.join(["python", str(script), *words]))
 
 
 def _version(package: str) -> str | None:
