@@ -176,9 +176,8 @@ class DistillationTrainer(Trainer):
             path = os.path.join(resume_from_checkpoint, PROJECTION_NAME)
             if not os.path.isfile(path):
                 raise ValueError(
-                    f"the checkpoint {resume_from_checkpoint} has no {PROJECTION_NAME}, which hidden_loss needs to map "
-                    f"the student's width {self.model.config.hidden_size} to its teacher's; resume with the terms it "
-                    "was trained with."
+                    f"the checkpoint {resume_from_checkpoint} has no {PROJECTION_NAME}, which hidden_loss needs for "
+                    f"the student's width {self.model.config.hidden_size}; resume with the terms it was trained with."
                 )
             self.distillation_objective.load_state_dict(load_file(path))
 
@@ -188,9 +187,8 @@ class DistillationTrainer(Trainer):
             return
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
-                f"hidden_loss needs projections from the student's width {self.model.config.hidden_size}, which cannot "
-                f"be trained under {self.accelerator.distributed_type}; use DDP "
-                "(recipes/accelerate_configs/ddp.yaml)."
+                f"hidden_loss needs projections from the student's width {self.model.config.hidden_size}, which are "
+                f"not trained under {self.accelerator.distributed_type}; use recipes/accelerate_configs/ddp.yaml."
             )
         self._objective = self.accelerator.prepare_model(self.distillation_objective)
         self.add_callback(_ProjectionCallback(self.distillation_objective))

@@ -50,7 +50,9 @@ def find_encoder() -> Path:
     folder = Path(spec.origin).parent / "model"
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != ENCODER_SHA256:
-        raise SystemExit(f"{folder / 'model.safetensors'} has sha256 {found}, but {ENCODER_SHA256} is the known encoder.")
+        raise SystemExit(
+            f"{folder / 'model.safetensors'} has sha256 {found}, but {ENCODER_SHA256} is the known encoder."
+        )
     return folder
 
 
