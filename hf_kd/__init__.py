@@ -1,9 +1,14 @@
 """Distillation of BERT-style encoders on the Hugging Face stack."""
 
-from .objective import AttentionTerm, DistillationObjective, HiddenTerm, LogitTerm, TaskTerm
-from .student import student_from_teacher
-from .trainer import DistillationTrainer
-from .training_args import DistillationTrainingArguments
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .objective import AttentionTerm, DistillationObjective, HiddenTerm, LogitTerm, TaskTerm
+    from .student import student_from_teacher
+    from .trainer import DistillationTrainer
+    from .training_args import DistillationTrainingArguments
 
 
 __version__ = "0.1.0"
@@ -18,3 +23,21 @@ __all__ = [
     "TaskTerm",
     "student_from_teacher",
 ]
+
+_MODULES = {
+    "DistillationTrainer": "trainer",
+    "DistillationTrainingArguments": "training_args",
+    "student_from_teacher": "student",
+}
+
+
+# Names are imported when first used: the Trainer of transformers takes seconds and brings `datasets` and scikit-learn
+# along.
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES.get(name, 'objective')}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

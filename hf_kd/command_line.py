@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
         ValueError: If the YAML file cannot be read or names an unknown argument.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(dataclass_types)
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
     known = {action.dest for action in parser._actions} - {"help"}
     config = {}
     if argv and argv[0].endswith((".yaml", ".yml")):
@@ -37,7 +38,7 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
 
 def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"the configuration {path} cannot be read: {error}") from error
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
@@ -52,12 +53,31 @@ def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which reads `5e-5` as the number it is and refuses a key that is written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = sorted({key for key in keys if keys.count(key) > 1})
+            raise yaml.YAMLError(f"{', '.join(twice)} is set twice; keep one line.")
+        return mapping
+
+
+# YAML 1.1 wants a point in such a number, YAML 1.2 does not.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
 def _as_flags(values: dict[str, Any]) -> list[str]:
-    """As flags, YAML values are converted and checked by the one parser: YAML reads `5e-5` as a string."""
+    """As flags, the values of the file are converted and checked by the one parser."""
     flags = []
     for name, value in values.items():
-        if value is None:
-            continue
-        items = value if isinstance(value, list) else [value]
-        flags += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in items)]
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            # One word, so that a value may start with a dash.
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags

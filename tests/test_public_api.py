@@ -31,6 +31,14 @@ print(json.dumps({"asked": sorted(asked - sys.stdlib_module_names), "own": own, 
 """
 
 
+def test_import_alone_brings_nothing_along():
+    """`import hf_kd` in a module that needs one term would take as long as the whole stack."""
+    code = "import sys, hf_kd; print(*sys.modules)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "datasets", "evaluate", "optimum", "onnxruntime", "sklearn", "scipy"}
+    assert "hf_kd" in process.stdout.split() and not heavy & set(process.stdout.split())
+
+
 @pytest.fixture(scope="module")
 def imported():
     """What a fresh process has imported for hf_kd."""

@@ -43,9 +43,10 @@ class Teacher:
     ):
         check_vocabulary(student_config, model.config)
         order = label_order(student_config, model.config)
+        if dtype is not None and model.dtype != DTYPES[dtype]:
+            # A copy: the caller's model keeps its weights as they are.
+            model = copy.deepcopy(model).to(DTYPES[dtype])
         self.model = model.eval().requires_grad_(False)
-        if dtype is not None:
-            self.model.to(DTYPES[dtype])
         if device is not None and getattr(model, "hf_device_map", None) is None:
             self.model.to(device)
         self.label_order = None if order is None else torch.tensor(order, device=self.model.device)
@@ -83,7 +84,7 @@ class Teacher:
 
 
 def load_teacher(path: str | os.PathLike) -> PreTrainedModel:
-    """Load a fine-tuned model as the class that its config names, from safetensors.
+    """Load a fine-tuned model as the class that its config names, from safetensors, in the dtype it was saved in.
 
     Raises:
         ValueError: If there is no such model, it has no head, or the checkpoint lacks weights of the head.
@@ -104,7 +105,7 @@ def load_teacher(path: str | os.PathLike) -> PreTrainedModel:
             "model."
         )
     try:
-        model, info = model_class.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+        model, info = model_class.from_pretrained(path, dtype="auto", use_safetensors=True, output_loading_info=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"teacher_model={path!r} cannot be loaded from safetensors: {error} Save it with save_pretrained(), which "

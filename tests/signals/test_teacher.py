@@ -103,17 +103,27 @@ def test_teacher_signals_carry_no_graph(teacher, student, batch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_dtype_that_is_asked_for_is_the_one_it_runs_in(teacher, student, batch, dtype):
-    """teacher_dtype would be a name that nothing reads: no memory saved, or a precision nobody asked for."""
-    signals = Teacher(teacher, student.config, dtype=dtype)(batch)
-    assert {p.dtype for p in teacher.parameters()} == {getattr(torch, dtype)}
-    assert signals.logits.dtype == getattr(torch, dtype)
+    """teacher_dtype would be a name that nothing reads, or round the caller's own model for whatever comes after."""
+    before = weights(teacher)
+    reader = Teacher(teacher, student.config, dtype=dtype)
+    assert {p.dtype for p in reader.model.parameters()} == {getattr(torch, dtype)}
+    assert reader(batch).logits.dtype == getattr(torch, dtype)
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32} and torch.equal(weights(teacher), before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_teacher_keeps_its_dtype(tmp_path, teacher, dtype):
+    """transformers 4.57 and 5 load a half-precision checkpoint differently unless told."""
+    teacher.to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    assert load_teacher(tmp_path).dtype == getattr(torch, dtype)
 
 
 def test_training_arguments_set_the_dtype(make_args, teacher, student, collator):
     """The trainer would drop teacher_dtype on its way from the arguments to the teacher."""
     args = make_args(teacher_dtype="bfloat16")
-    DistillationTrainer(student, args, train_dataset=make_dataset(), data_collator=collator, teacher_model=teacher)
-    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    data = make_dataset()
+    trainer = DistillationTrainer(student, args, train_dataset=data, data_collator=collator, teacher_model=teacher)
+    assert {p.dtype for p in trainer.teacher.model.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in student.parameters()} == {torch.float32}
 
 
