@@ -1,7 +1,5 @@
 """Text classification tasks: the nine of GLUE as one table, and the loading, tokenizing and scoring of their data."""
 
-import csv
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +17,13 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .rows import READERS, Row, column_names, read_lines, read_rows, require_columns
+
 
 logger = logging.get_logger(__name__)
 
 UNLABELED = -100  # the label of a row without one; cross-entropy ignores it, a squared error has to be told
 
-Row = tuple[str, dict[str, Any]]  # where it stands ("train.csv, line 3"), for error messages; its values by column
 Label = tuple[str, Any]  # where it stands; what the file says
 
 
@@ -172,7 +171,7 @@ def _read_archive_file(task: GlueTask, glue_dir: Path, split: str) -> Dataset:
             f"{path} does not exist. `glue_dir` is the folder that holds {task.folder}/; for evaluation without "
             f"training data use `splits={list(task.validation_splits)}`."
         )
-    rows = _read_rows(path, {".tsv": partial(_read_archive_rows, task=task)})
+    rows = read_rows(path, {".tsv": partial(_read_archive_rows, task=task)})
     archive_columns = zip(task.text_columns, task.archive_text or task.text_columns, strict=True)
     texts = {column: [row[archive_column] for _, row in rows] for column, archive_column in archive_columns}
     labels = [(where, row[task.archive_label]) for where, row in rows]
@@ -188,7 +187,7 @@ def _read_archive_rows(path: Path, task: GlueTask) -> Iterator[Row]:
             values = line.rstrip("\r\n").split("\t")
             if not header:
                 header = values
-                _require_columns(path, header, (*(task.archive_text or task.text_columns), task.archive_label))
+                require_columns(path, header, (*(task.archive_text or task.text_columns), task.archive_label))
             elif len(values) == len(header):
                 yield f"{path}, line {number}", dict(zip(header, values, strict=True))
             elif task.has_broken_rows:
@@ -235,11 +234,11 @@ def load_text_files(
     """
     label_column = label_column or "label"
     train_file, validation_file = Path(train_file), Path(validation_file)
-    train_rows, validation_rows = _read_rows(train_file), _read_rows(validation_file)
-    columns = _column_names(train_rows)
-    _require_columns(train_file, columns, [label_column], fix="name it with `--label_column`")
+    train_rows, validation_rows = read_rows(train_file), read_rows(validation_file)
+    columns = column_names(train_rows)
+    require_columns(train_file, columns, [label_column], fix="name it with `--label_column`")
     text_columns = _choose_text_columns(train_file, columns, text_columns, label_column)
-    _require_columns(validation_file, _column_names(validation_rows), [*text_columns, label_column])
+    require_columns(validation_file, column_names(validation_rows), [*text_columns, label_column])
 
     train_labels = [(where, row.get(label_column)) for where, row in train_rows]
     validation_labels = [(where, row.get(label_column)) for where, row in validation_rows]
@@ -280,12 +279,12 @@ def load_unlabeled_file(path: str | Path, task: TextTask) -> Dataset:
         `Dataset`: `task.text_columns`, and `label`, which is `UNLABELED` in every row.
     """
     path = Path(path)
-    rows = _read_rows(path, _READERS | {".txt": _read_lines})
-    columns = [column for column in _column_names(rows) if column != "label"]
+    rows = read_rows(path, READERS | {".txt": read_lines})
+    columns = [column for column in column_names(rows) if column != "label"]
     if len(columns) == len(task.text_columns) == 1:
         rows = [(where, {task.text_columns[0]: row.get(columns[0])}) for where, row in rows]
     else:
-        _require_columns(path, columns, task.text_columns)
+        require_columns(path, columns, task.text_columns)
     return _dataset(task, _text_values(task, rows), [UNLABELED] * len(rows))
 
 
@@ -295,7 +294,7 @@ def _choose_text_columns(
     others = [column for column in columns if column != label_column]
     if text_columns is None:
         text_columns = _PAIR if set(_PAIR) <= set(others) else others
-    _require_columns(path, others, text_columns, fix="name one or two of them with `--text_columns`")
+    require_columns(path, others, text_columns, fix="name one or two of them with `--text_columns`")
     if len(text_columns) not in (1, 2) or len(set(text_columns)) < len(text_columns):
         raise ValueError(
             f"{path}: the text columns are {list(text_columns)}, but one text or a pair is needed; name one or two of "
@@ -312,90 +311,6 @@ def _infer_label_names(labels: list[Label]) -> list[str] | None:
     if any(isinstance(label, float) for _, label in labels) or not all(number.is_integer() for number in numbers):
         return None
     return sorted(names, key=int)
-
-
-# Rows of any file
-
-
-def _read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        # strict: a stray quote is an error, where the default would swallow the rows up to the next one.
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, [])
-            if len(set(header)) < len(header):
-                raise ValueError(f"{path}: a column name occurs twice in the header {header}; rename one.")
-            for values in reader:
-                where = f"{path}, line {reader.line_num}"
-                if values and len(values) != len(header):
-                    raise ValueError(
-                        f"{where}: {len(values)} columns, but the header has {len(header)} ({', '.join(header)}). "
-                        f"Quote texts that contain {delimiter!r}, or save as .jsonl."
-                    )
-                if values:
-                    yield where, dict(zip(header, values, strict=True))
-        except csv.Error as error:
-            raise ValueError(
-                f"{path}, line {reader.line_num}: {error}. Put texts that contain quotes in quotes and double the "
-                "inner ones, or save as .jsonl."
-            ) from None
-
-
-def _read_tsv(path: Path) -> Iterator[Row]:
-    return _read_csv(path, delimiter="\t")
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    text = path.read_text(encoding="utf-8-sig")
-    is_list = text.lstrip().startswith("[")
-    where = str(path)
-    try:
-        for number, item in enumerate(json.loads(text) if is_list else text.split("\n"), start=1):
-            where = f"{path}, {'item' if is_list else 'line'} {number}"
-            if not is_list and not item.strip():
-                continue
-            row = item if is_list else json.loads(item)
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: {row!r:.60}, but an object of column names and values is needed.")
-            yield where, row
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: {error}. Write one object per line, or one list of objects.") from None
-
-
-def _read_lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}, line {number}", {"text": line.strip()}
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]]
-_READERS = {".csv": _read_csv, ".tsv": _read_tsv, ".json": _read_json, ".jsonl": _read_json}
-
-
-def _read_rows(path: Path, readers: dict[str, Callable[[Path], Iterator[Row]]] = _READERS) -> list[Row]:
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: the name has to end in {', '.join(readers)}, which says how to read it.")
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; check the path (the working folder is {Path.cwd()}).")
-    try:
-        rows = list(readers[path.suffix](path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); convert it, e.g. with `iconv -f latin1 -t utf-8`.") from None
-    if not rows:
-        raise ValueError(f"{path} has no rows; give it one or more (below a header line in .csv and .tsv).")
-    return rows
-
-
-def _column_names(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(column for _, row in rows for column in row))  # JSON may leave out what is empty
-
-
-def _require_columns(
-    path: Path, columns: Sequence[str], needed: Sequence[str], fix: str = "rename its columns"
-) -> None:
-    if missing := [column for column in needed if column not in columns]:
-        raise ValueError(f"{path} has the columns {list(columns)}, but {missing} is needed; {fix}.")
 
 
 def _text_values(task: TextTask, rows: list[Row]) -> dict[str, list[str]]:
