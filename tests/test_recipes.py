@@ -17,7 +17,7 @@ from hf_kd.results import read_results
 
 
 QUICK = ["--max_steps", "4", "--logging_steps", "1", "--per_device_train_batch_size", "4", "--report_to", "none"]
-QUICK += ["--disable_tqdm", "true", "--save_strategy", "no", "--eval_strategy", "no", "--bf16", "false"]
+QUICK += ["--disable_tqdm", "true", "--save_strategy", "no", "--bf16", "false"]
 QUICK += ["--use_cpu", "true", "--max_seq_length", "32"]
 NAMES = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
 
