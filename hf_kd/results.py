@@ -65,9 +65,9 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for task in dict.fromkeys(row["task"] for row in rows):
-        teacher = _values(rows, task, "teacher")
+        teacher = main_values(rows, task, "teacher")
         for role, name in ROLES.items():
-            values = _values(rows, task, role)
+            values = main_values(rows, task, role)
             if not values:
                 continue
             row = next(row for row in rows if (row["task"], row["role"]) == (task, role))
@@ -83,7 +83,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _values(rows: Sequence[dict[str, Any]], task: str, role: str) -> list[float]:
+def main_values(rows: Sequence[dict[str, Any]], task: str, role: str) -> list[float]:
     """Main metric in points of 100, once per seed."""
     by_seed = {row["seed"]: row for row in rows if (row["task"], row["role"]) == (task, role)}
     return [100 * row["metrics"][row["main_metric"]["split"]][row["main_metric"]["name"]] for row in by_seed.values()]

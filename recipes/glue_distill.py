@@ -228,7 +228,8 @@ def evaluate_teacher(
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=compute_metrics_fn(task),
     )
-    return result_row("teacher", task, args, teacher, evaluate_model(trainer, data, splits))
+    # It comes trained: the seed of the run that measures it says nothing about it.
+    return result_row("teacher", task, args, teacher, evaluate_model(trainer, data, splits), seed=None)
 
 
 def checkpoint_to_resume(args: DistillationTrainingArguments, folder: Path) -> str | None:

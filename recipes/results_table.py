@@ -1,0 +1,56 @@
+"""Make the table and the plot of the README from results files.
+
+python recipes/results_table.py recipes/results/*.json --plot recipes/results/glue.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from hf_kd.results import ROLES, format_table, main_values, read_results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="results.json files, one or more seeds of each task")
+    parser.add_argument("--plot", type=Path, help="also draw the table into this PNG file (needs matplotlib)")
+    args = parser.parse_args()
+    runs = [read_results(path) for path in args.files]
+    rows = [row for run in runs for row in run["rows"]]
+    print(format_table(rows))
+    for hardware in dict.fromkeys((run["run"]["hardware"], run["run"]["threads_per_process"]) for run in runs):
+        print(f"\nHardware: {hardware[0]}, {hardware[1]} thread(s) per process.")
+    if args.plot is not None:
+        plot(rows, args.plot)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the main metric by task and role, with the spread over seeds."""
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    for offset, (role, name) in enumerate(ROLES.items()):
+        values = [main_values(rows, task, role) for task in tasks]
+        bars = axes.bar(
+            [index + 0.27 * (offset - 1) for index in range(len(tasks))],
+            [statistics.mean(found) if found else 0.0 for found in values],
+            width=0.25,
+            yerr=[statistics.stdev(found) if len(found) > 1 else 0.0 for found in values],
+            capsize=3,
+            label=name,
+        )
+        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_ylim(40, 105)
+    axes.set_ylabel("dev metric x 100")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
