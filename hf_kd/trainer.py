@@ -105,6 +105,17 @@ class DistillationTrainer(Trainer):
         # DDP averages gradients over the processes: dividing by the mean count makes that the sum over all of them.
         return batches, ItemCounts(*(counts / self.accelerator.num_processes))
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Without labels the Trainer calls the model itself, which does not take the teacher's columns."""
+        return super().prediction_step(model, columns_for(self.student_columns, inputs), *args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Read the new student from now on; the first one comes before there is an objective."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "capture"):
+            self.capture = Capture(model, self.distillation_objective.student_wanted)
+        return model
+
     # Loss
 
     def compute_loss(

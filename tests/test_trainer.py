@@ -13,6 +13,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 
 from hf_kd import (
@@ -233,6 +234,31 @@ def test_each_model_reads_its_own_columns(teacher, collator, make_args):
     handle.remove()
     assert seen[0]["token_type_ids"].sum() > 0
     assert "labels" not in seen[0]
+
+
+def test_prediction_without_labels(teacher, make_args, collator):
+    """Then the Trainer calls the model itself, and DistilBERT knows no token_type_ids, kept for its teacher."""
+    student = make_model("distilbert", 2, num_hidden_layers=2)
+    trainer = DistillationTrainer(student, make_args(), teacher_model=teacher, data_collator=collator)
+    predictions = trainer.predict(make_dataset(10, pairs=True).remove_columns("labels")).predictions
+    assert predictions.shape == (10, 2)
+
+
+def test_model_init_gives_the_student_that_is_read(teacher, make_args, collator):
+    """`train` calls model_init again: hooks on the first student would record nothing of the second."""
+
+    def model_init():
+        model = make_model(seed=2, num_hidden_layers=2)
+        set_seed(42)  # the seed of the run, which shuffles the data
+        return model
+
+    args, data = make_args(**ALL_TERMS), make_dataset()
+    trainer = DistillationTrainer(
+        args=args, model_init=model_init, teacher_model=teacher, train_dataset=data, data_collator=collator
+    )
+    trainer.train()
+    reference, _ = train(model_init(), teacher, args, collator, data)
+    assert torch.equal(weights(trainer.model), weights(reference.model))
 
 
 def test_evaluation_is_that_of_trainer(student, teacher, collator, make_args):
