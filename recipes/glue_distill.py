@@ -18,6 +18,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from glue_setup import (
     DataArguments,
+    checkpoint_to_resume,
     evaluate_model,
     label_config,
     labeled,
@@ -35,7 +36,6 @@ from transformers import (
     Trainer,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_kd import (
@@ -230,16 +230,6 @@ def evaluate_teacher(
     )
     # It comes trained: the seed of the run that measures it says nothing about it.
     return result_row("teacher", task, args, teacher, evaluate_model(trainer, data, splits), seed=None)
-
-
-def checkpoint_to_resume(args: DistillationTrainingArguments, folder: Path) -> str | None:
-    """`--resume_from_checkpoint true` means the newest checkpoint of each run's own folder, if there is one."""
-    asked = args.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
-        return None
-    if asked.lower() == "true":
-        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return asked if Path(asked).resolve().parent == folder.resolve() else None
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from glue_setup import (
     DataArguments,
+    checkpoint_to_resume,
     evaluate_model,
     label_config,
     labeled,
@@ -30,7 +31,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_kd.command_line import parse_args
 from hf_kd.glue import compute_metrics_fn
@@ -66,7 +66,7 @@ def main() -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=compute_metrics_fn(task),
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args, args.output_dir))
     trainer.save_model()
     trainer.save_state()
 
@@ -85,14 +85,6 @@ def main() -> None:
         write_results(Path(args.output_dir) / "results.json", [row])
         print(format_table([row]))
     trainer.accelerator.end_training()
-
-
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """`--resume_from_checkpoint true` means the newest checkpoint of the output folder, if there is one."""
-    asked = args.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
-        return None
-    return get_last_checkpoint(args.output_dir) if asked.lower() == "true" else asked
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import DatasetDict, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_kd.compat import hardware_defaults, length_grouping
 from hf_kd.demo_task import generate_demo_task
@@ -110,6 +112,26 @@ def load_data(args: DataArguments, seed: int) -> tuple[DatasetDict, TextTask]:
     pools += [load_unlabeled_file(args.unlabeled_file, task)] if args.unlabeled_file else []
     data["train"] = concatenate_datasets([data["train"], *(pool.cast(data["train"].features) for pool in pools)])
     return data, task
+
+
+def checkpoint_to_resume(args: TrainingArguments, folder: str | Path) -> str | None:
+    """The checkpoint that the run in `folder`, the output folder or one below it, goes on from.
+
+    `--resume_from_checkpoint true` means the newest of each run's own folder, if there is one; a path means that one,
+    for the run that it belongs to.
+    """
+    asked, folder = args.resume_from_checkpoint, Path(folder).resolve()
+    if asked is None or asked.lower() == "false":
+        return None
+    if asked.lower() == "true":
+        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = Path(asked).resolve()
+    if not checkpoint.is_dir() or not checkpoint.is_relative_to(Path(args.output_dir).resolve()):
+        raise ValueError(
+            f"resume_from_checkpoint={asked!r} is not a checkpoint below output_dir={args.output_dir!r}; give one, or "
+            "`--resume_from_checkpoint true` for the newest."
+        )
+    return str(checkpoint) if checkpoint.parent == folder else None
 
 
 def tokenize_data(

@@ -191,6 +191,15 @@ def test_resume_continues_the_run(tmp_path, monkeypatch, teacher_dir, glue_dir):
     assert state["global_step"] == last["global_step"] == 4
 
 
+def test_resuming_what_is_not_there(tmp_path, monkeypatch, teacher_dir, glue_dir):
+    """A mistyped checkpoint would train from the start, over what was there."""
+    flags = ["--task_name", "sst2", "--glue_dir", glue_dir, "--teacher_model_name_or_path", teacher_dir, *QUICK]
+    flags += ["--output_dir", tmp_path / "out", "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-9"]
+    with pytest.raises(ValueError, match="checkpoint-9' is not a checkpoint below output_dir"):
+        run(monkeypatch, "glue_distill", *flags)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_student_from_a_path_with_its_own_shape(tmp_path, monkeypatch, tokenizer, teacher_dir, glue_dir):
     """Any pretrained student with the teacher's vocabulary will do, DistilBERT under BERT for one."""
     student = save_model(tmp_path / "base", tokenizer, family="distilbert", num_hidden_layers=2)
