@@ -1,6 +1,7 @@
 """What differs between the supported versions of the stack, found by feature."""
 
 import os
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -24,8 +25,10 @@ def hardware_defaults() -> dict[str, bool]:
     use_cpu = (
         os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.accelerator.is_available()
     )
-    launcher_chose = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
-    return {"use_cpu": use_cpu, "bf16": not launcher_chose and _computes_in_bf16(use_cpu)}
+    is_chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no" or any(
+        "--fp16" in word for word in sys.argv
+    )
+    return {"use_cpu": use_cpu, "bf16": not is_chosen and _computes_in_bf16(use_cpu)}
 
 
 def _computes_in_bf16(use_cpu: bool) -> bool:

@@ -398,8 +398,7 @@ def tokenize(
         max_seq_length (`int`): Longest input in tokens, special tokens included.
 
     Returns:
-        `Dataset` or `DatasetDict`: `input_ids`, `attention_mask`, `token_type_ids`, `labels`, and `length`, the number
-        of tokens. Batching by length reads `length`, where the trainer has not dropped it as an unused column.
+        `Dataset` or `DatasetDict`: `input_ids`, `attention_mask`, `token_type_ids` and `labels`.
     """
     special_tokens = tokenizer.num_special_tokens_to_add(pair=len(task.text_columns) == 2)
     if not special_tokens < max_seq_length <= tokenizer.model_max_length:
@@ -416,7 +415,7 @@ def tokenize(
             return_attention_mask=True,
             return_token_type_ids="token_type_ids" in tokenizer.model_input_names,
         )
-        return {**inputs, "length": [len(ids) for ids in inputs["input_ids"]]}
+        return dict(inputs)
 
     encoded = data.map(encode, batched=True, remove_columns=list(task.text_columns), desc=f"Tokenizing {task.name}")
     return encoded.rename_column("label", "labels")

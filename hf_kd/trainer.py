@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .objective import AttentionTerm, DistillationObjective
 from .signals import Capture, ItemCounts, Signals, Teacher, count_items
@@ -50,6 +49,7 @@ class DistillationTrainer(Trainer):
     model: Any
     _signature_columns: Any
     compute_loss_func: Any
+    model_accepts_loss_kwargs: Any
 
     def __init__(
         self,
@@ -67,21 +67,46 @@ class DistillationTrainer(Trainer):
                 f"what is valid; start one process per GPU: accelerate launch --num_processes {args.n_gpu} script.py."
             )
         super().__init__(model, args, *trainer_args, **kwargs)
-        self.distillation_objective = args.objective() if objective is None else objective
-        self.teacher = self._load_teacher(teacher_model)
-        self.distillation_objective.bind(self.model.config, self.teacher and self.teacher.model.config).to(args.device)
-        if self.teacher is not None:
-            self.teacher.watch(self.distillation_objective.teacher_wanted)
-        self.student_columns = forward_columns(self.model)
-        self.capture = Capture(self.model, self.distillation_objective.student_wanted)
-        self._check_gradient_checkpointing()
-        self._prepare_projections()
+        if objective is not None:
+            args.check_objective_alone_describes_the_terms()
+        self._given_objective = objective
+        self._given_teacher_model = teacher_model
+        self.teacher: Teacher | None = None
+        self._set_up_distillation()
+        self.add_callback(_ProjectionCallback(self))
         # compute_loss divides by the items of the whole optimisation step, so the Trainer must not divide by the
         # accumulation steps. The first line tells transformers 4.57, the second 5.x.
-        self.model_accepts_loss_kwargs = True
+        self._student_accepts_loss_kwargs, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
         self.loss_is_scaled_for_ga = True
+
+    def _set_up_distillation(self) -> None:
+        """Fit objective, teacher and student together; again for each student that model_init makes."""
+        objective = self.args.objective() if self._given_objective is None else self._given_objective
+        self.distillation_objective: DistillationObjective = objective
+        if self.teacher is None and objective.needs_teacher and self._given_teacher_model is not None:
+            self.teacher = self._load_teacher(self._given_teacher_model)
+        objective.bind(self.model.config, self.teacher and self.teacher.model.config).to(self.args.device)
+        if self.teacher is not None:
+            self.teacher.watch(objective.teacher_wanted)
+        self.student_columns = forward_columns(self.model)
+        self.capture = Capture(self.model, objective.student_wanted)
+        self._check_gradient_checkpointing()
+        self._prepare_projections()
         self._term_sums: dict[str, Tensor] = {}
         self._steps_in_sums = 0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # Steps after the last log of an earlier run are not part of this one.
+        self._term_sums, self._steps_in_sums = {}, 0
+        return super().train(*args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A new student, and with it a new objective: a search over weights or temperature changed the arguments."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "capture"):  # not the call within Trainer.__init__
+            self.model = model
+            self._set_up_distillation()
+        return model
 
     # Data
 
@@ -105,16 +130,20 @@ class DistillationTrainer(Trainer):
         # DDP averages gradients over the processes: dividing by the mean count makes that the sum over all of them.
         return batches, ItemCounts(*(counts / self.accelerator.num_processes))
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Without labels the Trainer calls the model itself, which does not take the teacher's columns."""
-        return super().prediction_step(model, columns_for(self.student_columns, inputs), *args, **kwargs)
-
-    def call_model_init(self, trial: Any = None) -> Any:
-        """Read the new student from now on; the first one comes before there is an objective."""
-        model = super().call_model_init(trial)
-        if hasattr(self, "capture"):
-            self.capture = Capture(model, self.distillation_objective.student_wanted)
-        return model
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """As `Trainer`, on the student's own columns, and with the logits alone: all its states would fill the
+        memory."""
+        if ignore_keys is None:
+            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", [])
+        ignore_keys = [*ignore_keys, "hidden_states", "attentions"]
+        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, self._student_accepts_loss_kwargs
+        try:
+            inputs = columns_for(self.student_columns, inputs)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
 
     # Loss
 
@@ -123,8 +152,7 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         student_inputs = columns_for(self.student_columns, inputs)
         if not model.training:
-            loss, outputs = super().compute_loss(model, student_inputs, return_outputs=True)
-            return (loss, _without_intermediates(outputs)) if return_outputs else loss
+            return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch)
 
         labels = student_inputs.pop("labels", None)
         with self.capture:
@@ -134,11 +162,14 @@ class DistillationTrainer(Trainer):
         task_loss = None
         if self.compute_loss_func is not None:
             task_loss = self.compute_loss_func(outputs, labels, num_items_in_batch=self._num_labels_in_step)
-            if self.args.average_tokens_across_devices:
+            if self.args.average_tokens_across_devices and self._num_labels_in_step is not None:
                 task_loss = task_loss * self.accelerator.num_processes
         terms = self._objective(student, teacher, labels, num_items_in_batch, task_loss)
         self._record(terms)
         loss = self.distillation_objective.weighted_sum(terms)
+        if not self.distillation_objective.uses_logits:
+            # Every parameter gets a gradient, as DDP needs, and as it then must be on one process too.
+            loss = loss + 0.0 * outputs.logits.float().sum()
         return (loss, outputs) if return_outputs else loss
 
     def _teacher_signals(self, inputs: dict[str, Any]) -> Signals | None:
@@ -192,6 +223,11 @@ class DistillationTrainer(Trainer):
                 )
             self.distillation_objective.load_state_dict(load_file(path))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.distillation_objective.has_projections:
+            save_file(self.distillation_objective.state_dict(), os.path.join(output_dir, PROJECTION_NAME))
+
     def _prepare_projections(self) -> None:
         self._objective: nn.Module = self.distillation_objective
         if not self.distillation_objective.has_projections:
@@ -202,24 +238,24 @@ class DistillationTrainer(Trainer):
                 f"not trained under {self.accelerator.distributed_type}; use recipes/accelerate_configs/ddp.yaml."
             )
         self._objective = self.accelerator.prepare_model(self.distillation_objective)
-        self.add_callback(_ProjectionCallback(self.distillation_objective))
 
     # Checks before training
 
-    def _load_teacher(self, teacher_model: PreTrainedModel | str | os.PathLike | None) -> Teacher | None:
-        if teacher_model is None or not self.distillation_objective.needs_teacher:
-            return None
+    def _load_teacher(self, teacher_model: PreTrainedModel | str | os.PathLike) -> Teacher:
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "DeepSpeed ZeRO-3 would shard the teacher's weights away; use DDP "
                 "(recipes/accelerate_configs/ddp.yaml) or ZeRO-2."
             )
-        if teacher_model is self.model:
-            raise ValueError("teacher_model and model are one object; load the teacher as a model of its own.")
         if isinstance(teacher_model, str | os.PathLike):
             if hasattr(self.processing_class, "get_vocab"):
                 check_tokenizers(self.processing_class, load_teacher_tokenizer(teacher_model))
             teacher_model = load_teacher(teacher_model)
+        if {id(p) for p in teacher_model.parameters()} & {id(p) for p in self.model.parameters()}:
+            raise ValueError(
+                "teacher_model and model share parameters, which the teacher would freeze; make the student with "
+                "student_from_teacher(teacher, num_layers=3) or from copy.deepcopy(teacher)."
+            )
         return Teacher(teacher_model, self.model.config, dtype=self.args.teacher_dtype, device=self.args.device)
 
     def _check_gradient_checkpointing(self) -> None:
@@ -232,27 +268,15 @@ class DistillationTrainer(Trainer):
 
 
 class _ProjectionCallback(TrainerCallback):
-    """Does for the projections what the `Trainer` does for the model alone: clip, reset the gradient, save."""
+    """Does for the projections what the `Trainer` does for the model alone: clip, and reset the gradient."""
 
-    def __init__(self, objective: DistillationObjective):
-        self.objective = objective
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.objective.parameters(), args.max_grad_norm)
+        if args.max_grad_norm and self.trainer.distillation_objective.has_projections:
+            nn.utils.clip_grad_norm_(self.trainer.distillation_objective.parameters(), args.max_grad_norm)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The Trainer calls model.zero_grad(), and the projections are not in the model.
-        self.objective.zero_grad()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save:
-            folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            save_file(self.objective.state_dict(), os.path.join(folder, PROJECTION_NAME))
-
-
-def _without_intermediates(outputs: Any) -> Any:
-    """compute_metrics gets the logits alone: the states of a model configured to return them would fill the memory."""
-    if not isinstance(outputs, dict):
-        return outputs
-    return {name: value for name, value in outputs.items() if name not in ("hidden_states", "attentions")}
+        self.trainer.distillation_objective.zero_grad()

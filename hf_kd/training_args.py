@@ -115,7 +115,30 @@ class DistillationTrainingArguments(TrainingArguments):
             return args
         if args is None:
             return cls(output_dir="trainer_output")
-        return cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.init})
+        known = {f.name for f in fields(cls) if f.init}
+        ours = cls(**{f.name: getattr(args, f.name) for f in fields(args) if f.name in known})
+        # A script's own fields stay readable as trainer.args.name.
+        for f in fields(args):
+            if f.name not in known:
+                setattr(ours, f.name, getattr(args, f.name))
+        return ours
+
+    def check_objective_alone_describes_the_terms(self) -> None:
+        """Raise a `ValueError` if fields that an objective replaces are set: nothing would read them."""
+        own = (
+            *("task_loss_weight", "logit_loss_weight", "hidden_loss_weight", "attention_loss_weight"),
+            *("temperature", "logit_loss_type", "hidden_loss_type", "attention_loss_type", "layer_mapping"),
+        )
+        is_set = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.name in own and getattr(self, f.name) != f.default
+        ]
+        if is_set:
+            raise ValueError(
+                f"the arguments set {', '.join(is_set)}, but the terms are those of objective=...; set them there, or "
+                "drop objective."
+            )
 
     def objective(self) -> DistillationObjective:
         """The objective that these arguments describe, not bound to models yet."""

@@ -29,9 +29,7 @@ def main() -> None:
     task = GLUE_TASKS[args.task_name]
     tokenizer = load_teacher_tokenizer(args.teacher)
     with accelerator.main_process_first():
-        data = tokenize(load_glue(args.task_name, args.glue_dir), task, tokenizer, args.max_seq_length).remove_columns(
-            "length"
-        )
+        data = tokenize(load_glue(args.task_name, args.glue_dir), task, tokenizer, args.max_seq_length)
     collator = DataCollatorWithPadding(tokenizer)
     batches = DataLoader(data["train"], args.batch_size, shuffle=True, collate_fn=collator)
 
@@ -51,7 +49,8 @@ def main() -> None:
 
     wrapped.train()
     progress = tqdm(total=num_steps, disable=not accelerator.is_main_process)
-    while progress.n < num_steps:
+    step = 0
+    while step < num_steps:
         for batch in batches:
             labels = batch.pop("labels")
             with capture:
@@ -65,12 +64,15 @@ def main() -> None:
             scheduler.step()
             optimizer.zero_grad()
             progress.update()
-            if progress.n >= num_steps:
+            step += 1
+            if step >= num_steps:
                 break
 
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         student.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
+    accelerator.end_training()
 
 
 def parse_args() -> argparse.Namespace:

@@ -38,13 +38,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_kd import (
-    DistillationObjective,
-    DistillationTrainer,
-    DistillationTrainingArguments,
-    TaskTerm,
-    student_from_teacher,
-)
+from hf_kd import DistillationTrainer, DistillationTrainingArguments, student_from_teacher
 from hf_kd.command_line import parse_args
 from hf_kd.glue import TextTask, compute_metrics_fn
 from hf_kd.results import format_table, write_results
@@ -87,11 +81,13 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        shape = (self.student_layers, self.student_num_layers, self.student_hidden_size)
-        if self.student_model_name_or_path is not None and any(value is not None for value in shape):
+        flags = ("layers", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+        is_set = [f"--student_{name}" for name in flags if getattr(self, f"student_{name}") is not None]
+        if self.student_model_name_or_path is not None and is_set:
             raise ValueError(
-                f"student_model_name_or_path={self.student_model_name_or_path!r} is a model of its own; drop "
-                "--student_layers, --student_num_layers and --student_hidden_size, or that flag."
+                f"student_model_name_or_path={self.student_model_name_or_path!r} is a model with a shape of its own; "
+                "drop "
+                f"{', '.join(is_set)}, or that flag."
             )
 
 
@@ -121,7 +117,6 @@ def main() -> None:
                 model=make_student(model_args, teacher, task),
                 args=run_args,
                 teacher_model=teacher,
-                objective=DistillationObjective([TaskTerm(1.0)]) if role == "baseline" else None,
                 train_dataset=train_dataset,
                 eval_dataset=data[task.validation_splits[0]],
                 processing_class=tokenizer,
@@ -134,7 +129,7 @@ def main() -> None:
             score = evaluate_model(trainer, data, task.validation_splits[:1])[task.validation_splits[0]][
                 task.main_metric
             ]
-            if score > best_score:
+            if best is None or score > best_score:
                 best, best_score = trainer, score
         if len(learning_rates) > 1:
             best.save_model(str(output_dir))
@@ -158,9 +153,9 @@ def main() -> None:
     rows.append(student_row)
     if model_args.run_baseline:
         # As many steps as the student, on the rows that it can use.
-        _, row = train(
-            "baseline", Path(args.output_dir) / "baseline", labeled(data["train"]), max_steps=student_row["steps"]
-        )
+        changes = {"task_loss_weight": 1.0, "max_steps": student_row["steps"]}
+        changes |= dict.fromkeys(("logit_loss_weight", "hidden_loss_weight", "attention_loss_weight"), 0.0)
+        _, row = train("baseline", Path(args.output_dir) / "baseline", labeled(data["train"]), **changes)
         rows.insert(1, row)
 
     if student_trainer.is_world_process_zero():

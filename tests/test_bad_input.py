@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import VOCAB, make_dataset, make_model, make_rows, weights
 from datasets import Dataset
+from glue_setup import DataArguments
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertTokenizerFast
 
@@ -22,7 +23,6 @@ from hf_kd import (
 from hf_kd.command_line import parse_args
 from hf_kd.signals import Signals
 from hf_kd.signals.teacher import load_teacher, reorder_labels
-from recipes.glue_setup import DataArguments
 
 
 NAN, INF = float("nan"), float("inf")
@@ -255,14 +255,43 @@ def test_teacher_is_missing(make_trainer):
     )
 
 
+def test_teacher_shares_layers_with_the_student(make_trainer):
+    """Layers handed over without a copy freeze with the teacher: the student would hardly train, without a word."""
+    teacher, student = make_model(seed=1), make_model(seed=2, num_hidden_layers=2)
+    student.bert.encoder.layer[0] = teacher.bert.encoder.layer[1]
+    assert_refused(lambda: make_trainer(model=student, teacher_model=teacher), "model share parameters")
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_arguments_that_an_objective_replaces(make_trainer):
+    """A temperature beside an objective would be read by nothing, and stand in every table of the run."""
+    args = {"temperature": 9.0, "hidden_loss_weight": 5.0}
+    objective = DistillationObjective([TaskTerm(1.0), LogitTerm(1.0)])
+    assert_refused(
+        lambda: make_trainer(args=args, objective=objective), "temperature=9.0", "hidden_loss_weight=5.0", "objective"
+    )
+
+
+def test_signals_that_were_not_read():
+    """A custom loop that forgets teacher.watch() would end in a KeyError of a number."""
+    student, teacher = make_model(seed=2, num_hidden_layers=2), make_model(seed=1)
+    objective = DistillationObjective([HiddenTerm(1.0)]).bind(student.config, teacher.config)
+    signals = Signals(torch.zeros(1, 2), torch.ones(1, 3), hidden=dict.fromkeys((1, 2), torch.zeros(1, 3, 32)))
+    assert_refused(
+        lambda: objective(signals, Signals(torch.zeros(1, 2), torch.ones(1, 3))),
+        "teacher signals lack hidden states of layers [2, 4]",
+        "teacher.watch(objective.teacher_wanted)",
+    )
+
+
 def test_teacher_is_the_student(make_trainer):
     """Freezing the teacher would freeze the student, and every term would be 0."""
     model = make_model(num_hidden_layers=2)
     before = weights(model)
     assert_refused(
         lambda: make_trainer(model=model, teacher_model=model),
-        "teacher_model and model are one object",
-        "load the teacher as a model of its own",
+        "teacher_model and model share parameters",
+        "copy.deepcopy(teacher)",
     )
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == []
     assert torch.equal(weights(model), before)

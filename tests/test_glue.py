@@ -406,7 +406,6 @@ def test_tokenize_pairs(tokenizer):
         "input_ids": [[2, 6, 8, 3, 7, 9, 5, 3], [2, 5, 3, 5, 3]],
         "token_type_ids": [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1]],
         "attention_mask": [[1] * 8, [1] * 5],
-        "length": [8, 5],
     }
 
 
@@ -415,7 +414,7 @@ def test_tokenize_without_segments(tokenizer):
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     data = Dataset.from_dict({"text": ["good film"], "label": [1], "weight": [0.5]})
     encoded = tokenize(data, SINGLE, tokenizer, 8)
-    assert sorted(encoded.column_names) == ["attention_mask", "input_ids", "labels", "length", "weight"]
+    assert sorted(encoded.column_names) == ["attention_mask", "input_ids", "labels", "weight"]
 
 
 @pytest.mark.parametrize("max_seq_length", [2, 17])

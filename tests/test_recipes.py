@@ -111,7 +111,7 @@ def test_custom_loop_runs_under_the_launcher(tmp_path, teacher_dir, glue_dir):
     """The example of the objective without the Trainer, which people copy, must run as it stands."""
     flags = ["--teacher", teacher_dir, "--task_name", "sst2", "--glue_dir", glue_dir, "--num_layers", 2]
     flags += ["--max_steps", 4, "--batch_size", 4, "--max_seq_length", 32, "--output_dir", tmp_path / "student"]
-    launch(ROOT / "recipes" / "custom_loop.py", *flags, processes=1)
+    launch(ROOT / "recipes" / "custom_loop.py", *flags, processes=2)
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
     assert student.config.num_hidden_layers == 2
 

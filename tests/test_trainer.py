@@ -2,6 +2,7 @@
 path)."""
 
 import os
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -200,8 +201,6 @@ def test_teacher_runs_in_its_own_dtype(student, teacher, collator, make_args):
 
 def test_losses_are_float32_under_bf16(student, teacher, collator, make_args):
     """Under autocast, scores recomputed from q and k and the projection would be rounded to bfloat16."""
-    trainer, record = train(student, teacher, make_args(bf16=True, **ALL_TERMS), collator)
-    assert {value.dtype for value in trainer._term_sums.values()} <= {torch.float32}
     seen = {}
 
     def spy(query, key):
@@ -390,16 +389,14 @@ def test_training_step_does_not_wait_for_the_device(student, teacher, collator, 
     inputs = collator([{k: row[k] for k in row} for row in make_dataset(8).to_list()])
     batches, counts = trainer.get_batch_samples(iter([inputs]), 1, args.device)
     student.train()
-    for name in ("item", "tolist", "cpu", "numpy", "to"):
+    for name in ("item", "tolist", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
         spy = lambda self, *a, _name=name, _original=original, **k: (calls.append(_name), _original(self, *a, **k))[1]  # noqa: E731
         monkeypatch.setattr(torch.Tensor, name, spy)
     monkeypatch.setattr(trainer.accelerator, "unwrap_model", lambda *a, **k: calls.append("unwrap_model"))
     loss = trainer.compute_loss(student, batches[0], num_items_in_batch=counts)
     monkeypatch.undo()
-    assert loss.requires_grad
-    # The models themselves may move masks about; the terms, the capture and the record may not.
-    assert not {"item", "tolist", "cpu", "numpy", "unwrap_model"} & set(calls)
+    assert loss.requires_grad and calls == []
 
 
 def test_compute_loss_func_replaces_the_task_loss(student, teacher, collator, make_args):
@@ -408,9 +405,12 @@ def test_compute_loss_func_replaces_the_task_loss(student, teacher, collator, ma
     def half(outputs, labels, num_items_in_batch=None):
         return 0.5 * torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
-    _, record = train(student, teacher, make_args(max_steps=1), collator, compute_loss_func=half)
+    trainer, record = train(student, teacher, make_args(max_steps=1), collator, compute_loss_func=half)
     _, reference = train(student, teacher, make_args(max_steps=1), collator)
     assert record.logs[0]["task_loss"] == pytest.approx(0.5 * reference.logs[0]["task_loss"], rel=1e-5)
+    plain = Trainer(trainer.model, make_args(TrainingArguments), data_collator=collator, compute_loss_func=half)
+    data = make_dataset(10)
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(plain.evaluate(data)["eval_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -442,6 +442,29 @@ def test_each_argument_changes_what_it_says(student, teacher, collator, make_arg
         unchanged -= {"hidden_loss", "attention_loss"} if "layer_mapping" in changes else set()
     for name in unchanged:
         assert ours[name] == pytest.approx(before[name], rel=1e-5), name
+
+
+def test_own_training_arguments_stay_readable(student, teacher, collator, make_args):
+    """A script whose arguments have fields of their own would fail at the first line that reads one."""
+
+    @dataclass
+    class ScriptArguments(TrainingArguments):
+        flavour: str = "plain"
+
+    trainer, _ = train(student, teacher, make_args(ScriptArguments, flavour="vanilla", max_steps=1), collator)
+    assert trainer.args.flavour == "vanilla" and trainer.args.temperature == 2.0
+
+
+def test_intermediate_terms_alone_reach_every_parameter(student, teacher, collator, make_args):
+    """DDP waits for a gradient of each parameter, and no term but those on logits gives the head one."""
+    weights_off = {"task_loss_weight": 0.0, "logit_loss_weight": 0.0, "hidden_loss_weight": 1.0}
+    args = make_args(layer_mapping="1:2", **weights_off)
+    trainer = DistillationTrainer(
+        student, args, teacher_model=teacher, train_dataset=make_dataset(), data_collator=collator
+    )
+    batches, counts = trainer.get_batch_samples(iter([collator(make_dataset(8).to_list())]), 1, args.device)
+    trainer.compute_loss(student.train(), batches[0], num_items_in_batch=counts).backward()
+    assert [name for name, p in student.named_parameters() if p.grad is None] == []
 
 
 def test_objective_of_several_instances(student, teacher, collator, make_args):

@@ -168,6 +168,11 @@ class DistillationObjective(nn.Module):
         return any(not isinstance(term, TaskTerm) for term in self.terms)
 
     @property
+    def uses_logits(self) -> bool:
+        """Whether any term depends on the student's logits, and so on all of its layers."""
+        return any(isinstance(term, TaskTerm | LogitTerm) for term in self.terms)
+
+    @property
     def has_projections(self) -> bool:
         """Whether there are parameters to train: hidden states are compared between different widths."""
         return any(True for _ in self.parameters())
@@ -208,12 +213,11 @@ class DistillationObjective(nn.Module):
             elif isinstance(term, HiddenTerm | AttentionTerm):
                 depths = student_config.num_hidden_layers, teacher_config.num_hidden_layers
                 first_layer = 1 if isinstance(term, AttentionTerm) else 0
-                pairs = self.pairs[term.name] = layer_pairs(term.layers, *depths, first_layer=first_layer)
+                self.pairs[term.name] = layer_pairs(term.layers, *depths, first_layer=first_layer)
                 if isinstance(term, AttentionTerm):
                     self._check_attention(term, student_config, teacher_config)
-                elif not self._is_bound:
-                    widths = student_config.hidden_size, teacher_config.hidden_size
-                    self.projections[term.name] = Projection(*widths, [pair.student for pair in pairs])
+                else:
+                    self._project(term, student_config.hidden_size, teacher_config.hidden_size)
         self._is_bound = True
         return self
 
@@ -251,6 +255,9 @@ class DistillationObjective(nn.Module):
                 f"the student's logits have shape {tuple(student.logits.shape)}, but (batch, num_labels) is needed: "
                 "sequence classification and one-value regression can be distilled."
             )
+        self._require_signals("student", student, self.student_wanted)
+        if teacher is not None:
+            self._require_signals("teacher", teacher, self.teacher_wanted)
         # Scores from q and k, and projections, would otherwise be rounded to bfloat16 by the training step's autocast.
         with torch.autocast(student.logits.device.type, enabled=False):
             return {
@@ -324,6 +331,27 @@ class DistillationObjective(nn.Module):
             num_items=num_items and num_items.labeled_examples,
         )
 
+    def _project(self, term: HiddenTerm, student_width: int, teacher_width: int) -> None:
+        """Make the term's projection, unless it is there already: an optimizer may hold it."""
+        projection = Projection(student_width, teacher_width, [pair.student for pair in self.pairs[term.name]])
+        there = self.projections[term.name] if term.name in self.projections else None
+        if there is None or [p.shape for p in there.parameters()] != [p.shape for p in projection.parameters()]:
+            self.projections[term.name] = projection
+
+    @staticmethod
+    def _require_signals(side: str, signals: Signals, wanted: Wanted) -> None:
+        hidden, attention = wanted.hidden - signals.hidden.keys(), wanted.attention - signals.queries.keys()
+        if hidden or attention:
+            how = (
+                "teacher.watch(objective.teacher_wanted)"
+                if side == "teacher"
+                else "Capture(student, objective.student_wanted)"
+            )
+            raise ValueError(
+                f"the {side} signals lack hidden states of layers {sorted(hidden)} and attention of layers "
+                f"{sorted(attention)}, which the terms compare; read them with {how}."
+            )
+
     def _wanted(self, side: Literal["student", "teacher"]) -> Wanted:
         def layers(kind: type) -> frozenset[int]:
             on = [term for term in self.terms if isinstance(term, kind)]
@@ -337,7 +365,7 @@ class DistillationObjective(nn.Module):
                 f"{term.name}: the student has {student_config.num_labels} labels and the teacher "
                 f"{teacher_config.num_labels}; load the student with num_labels={teacher_config.num_labels}."
             )
-        if self._is_regression and term.type not in (None, "mse"):
+        if is_regression(teacher_config) and self._is_regression and term.type not in (None, "mse"):
             raise ValueError(
                 f"{term.name}_type={term.type!r} compares softmaxes, but the models have one logit, whose softmax is "
                 "always 1: the loss would be 0 and teach nothing. Set logit_loss_type='mse'."

@@ -55,8 +55,8 @@ def count_items(inputs: Mapping[str, Any]) -> ItemCounts:
     lengths = attention_mask_of(inputs).sum(dim=-1)  # (batch,)
     labels = inputs.get("labels")
     return ItemCounts(
-        examples=torch.tensor(len(lengths), device=lengths.device),
-        labeled_examples=torch.tensor(0, device=lengths.device) if labels is None else (labels != -100).sum(),
+        examples=lengths.new_full((), len(lengths)),
+        labeled_examples=lengths.new_zeros(()) if labels is None else (labels != -100).sum(),
         tokens=lengths.sum(),
         token_pairs=lengths.square().sum(),
     )

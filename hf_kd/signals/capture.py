@@ -52,7 +52,7 @@ def encoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         ValueError: If the family is not known.
     """
-    return attrgetter(family_of(model.config).blocks)(model.base_model)
+    return attrgetter(family_of(model.config).blocks)(_without_peft(model).base_model)
 
 
 def family_of(config: Any) -> Family:
@@ -72,10 +72,14 @@ def family_of(config: Any) -> Family:
 
 def forward_columns(model: nn.Module) -> set[str] | None:
     """Names of the arguments that a model's `forward` declares; `None` if it takes anything."""
-    get_base_model = getattr(model, "get_base_model", None)  # a PEFT wrapper declares nothing itself
-    parameters = inspect.signature((get_base_model() if get_base_model else model).forward).parameters
+    parameters = inspect.signature(_without_peft(model).forward).parameters
     names = {name for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     return names or None
+
+
+def _without_peft(model: Any) -> Any:
+    """A PEFT wrapper declares no columns, and calls something else its base model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def columns_for(columns: set[str] | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +111,10 @@ class Capture:
 
     def __init__(self, model: PreTrainedModel, wanted: Wanted):
         self.wanted = wanted
-        self.forward_kwargs: dict[str, Any] = {}
+        # A config may say that outputs are plain tuples, which have no names.
+        self.forward_kwargs: dict[str, Any] = (
+            {} if getattr(model.config, "return_dict", True) else {"return_dict": True}
+        )
         self._config = model.config
         self._blocks: Any = None
         self._handles: list[Any] = []
@@ -117,7 +124,7 @@ class Capture:
         if wanted.attention or (wanted.hidden and model.config.model_type in FAMILIES):
             self._blocks = encoder_blocks(model)
         elif wanted.hidden:
-            self.forward_kwargs = {"output_hidden_states": True}
+            self.forward_kwargs["output_hidden_states"] = True
 
     def __enter__(self) -> Capture:
         if self._blocks is None:
@@ -153,7 +160,7 @@ class Capture:
         """
         hidden, queries, keys = self._hidden, self._queries, self._keys
         self._hidden, self._queries, self._keys = {}, {}, {}
-        if self.forward_kwargs:
+        if "output_hidden_states" in self.forward_kwargs:
             hidden = {layer: outputs.hidden_states[layer] for layer in self.wanted.hidden}
         if set(hidden) != self.wanted.hidden or set(queries) != self.wanted.attention:
             raise ValueError(

@@ -12,10 +12,13 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from .batch import Signals
 from .capture import Capture, Wanted, columns_for, forward_columns
 
+
+logger = logging.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -141,7 +144,13 @@ def load_teacher_tokenizer(path: str | os.PathLike) -> Any | None:
         os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "vocab.txt", "vocab.json")
     ):
         return None
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        logger.warning(
+            f"teacher_model={str(path)!r} has no tokenizer that its student's could be checked against: {error}"
+        )
+        return None
 
 
 def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
