@@ -272,6 +272,14 @@ def test_arguments_that_an_objective_replaces(make_trainer):
     )
 
 
+def test_multi_label_teacher_of_a_single_label_student(make_trainer):
+    """Its logits are independent scores: a softmax over them would teach something that it never learned."""
+    teacher = make_model(seed=1, problem_type="multi_label_classification")
+    assert_refused(
+        lambda: make_trainer(teacher_model=teacher), "problem_type='multi_label_classification'", "num_labels=2"
+    )
+
+
 def test_signals_that_were_not_read():
     """A custom loop that forgets teacher.watch() would end in a KeyError of a number."""
     student, teacher = make_model(seed=2, num_hidden_layers=2), make_model(seed=1)

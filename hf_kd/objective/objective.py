@@ -365,7 +365,8 @@ class DistillationObjective(nn.Module):
                 f"{term.name}: the student has {student_config.num_labels} labels and the teacher "
                 f"{teacher_config.num_labels}; load the student with num_labels={teacher_config.num_labels}."
             )
-        if is_regression(teacher_config) and self._is_regression and term.type not in (None, "mse"):
+        is_regression(teacher_config)  # raises if the teacher solves another problem, such as multi-label
+        if self._is_regression and term.type not in (None, "mse"):
             raise ValueError(
                 f"{term.name}_type={term.type!r} compares softmaxes, but the models have one logit, whose softmax is "
                 "always 1: the loss would be 0 and teach nothing. Set logit_loss_type='mse'."
