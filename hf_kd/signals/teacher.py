@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from ..checkpoint import has_tokenizer, load_finetuned
 from .batch import Signals
 from .capture import Capture, Wanted, columns_for, forward_columns
 
@@ -92,34 +92,7 @@ def load_teacher(path: str | os.PathLike) -> PreTrainedModel:
     Raises:
         ValueError: If there is no such model, it has no head, or the checkpoint lacks weights of the head.
     """
-    path = str(path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"teacher_model={path!r} is not a model folder (with config.json) or a Hub id that can be reached: {error}"
-        ) from error
-    name = (config.architectures or [""])[0]
-    model_class = getattr(transformers, name, None)
-    if model_class is None or "For" not in name:
-        raise ValueError(
-            f"teacher_model={path!r} is {name or 'a model without architectures in its config'}, which transformers "
-            "has no task head for; fine-tune it first (recipes/glue_finetune.py), or load it yourself and pass the "
-            "model."
-        )
-    try:
-        model, info = model_class.from_pretrained(path, dtype="auto", use_safetensors=True, output_loading_info=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"teacher_model={path!r} cannot be loaded from safetensors: {error} Save it with save_pretrained(), which "
-            "writes model.safetensors."
-        ) from error
-    if info["missing_keys"]:
-        raise ValueError(
-            f"teacher_model={path!r} lacks the weights {sorted(info['missing_keys'])}, which would be random; "
-            "fine-tune it first (recipes/glue_finetune.py)."
-        )
-    return model
+    return load_finetuned(path, argument="teacher_model")
 
 
 def check_vocabulary(student_config: Any, teacher_config: Any) -> None:
@@ -139,10 +112,7 @@ def check_vocabulary(student_config: Any, teacher_config: Any) -> None:
 
 def load_teacher_tokenizer(path: str | os.PathLike) -> Any | None:
     """The tokenizer saved with a teacher; `None` for a local folder without one."""
-    is_local = os.path.isdir(path)
-    if is_local and not any(
-        os.path.isfile(os.path.join(path, name)) for name in ("tokenizer.json", "vocab.txt", "vocab.json")
-    ):
+    if not has_tokenizer(path):
         return None
     try:
         return AutoTokenizer.from_pretrained(path)
