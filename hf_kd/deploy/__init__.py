@@ -1,0 +1,1 @@
+"""After training: ONNX export, int8, a classifier without torch, benchmarks and reports."""
