@@ -1,0 +1,318 @@
+"""From a fine-tuned checkpoint to a folder with checked ONNX files, float32 and int8."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..checkpoint import has_tokenizer, load_finetuned
+from ..glue import UNLABELED, TextTask, compute_metrics_fn
+from ..signals.capture import columns_for, forward_columns
+from .classifier import OnnxTextClassifier, TextInput
+from .cpu import cpu_facts, needs_reduced_range
+from .exporters import OPSETS, find_exporter, opset_of
+from .parity import check_parity, spread_over_lengths
+from .quantization import Int8Settings, QuantizationError, quantize_within
+
+
+logger = logging.get_logger(__name__)
+
+Rows = Sequence[Mapping[str, Any]]  # a `datasets.Dataset`, or a list of dictionaries
+
+FP32_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
+REPORT_FILE = "onnx/export_report.json"
+NUM_CALIBRATION_ROWS = 256
+NUM_SENSITIVITY_ROWS = 64
+
+# For the comparison with torch where nobody gave rows of the task.
+_TEXTS = (
+    "Yes.",
+    "The film was better than I had expected.",
+    "It rained all day, so we stayed in and read; nobody minded, and in the evening the sky cleared after all.",
+    "Prices rose by 3.5 % in May (2.9 % a year before), and economists at two banks said they would rise further.",
+    " ".join(["This is one of those long reviews that say the same thing again and again."] * 8),
+)
+
+
+def export_onnx(
+    model_dir: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    backend: Literal["auto", "optimum", "transformers"] = "auto",
+    quantization: Literal["dynamic", "static"] | None = "dynamic",
+    *,
+    task: TextTask | None = None,
+    validation: Sequence[Mapping[str, Any]] | None = None,
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    max_metric_drop: float = 0.005,
+    quantization_format: Literal["QDQ", "QOperator"] = "QDQ",
+    calibration_method: Literal["minmax", "entropy", "percentile"] = "minmax",
+    opset: int | None = None,
+    max_length: int | None = None,
+) -> dict[str, Any]:
+    """
+    Export a fine-tuned sequence classification model to ONNX, compare it with torch, and quantise it to int8.
+
+    The folder holds `onnx/model.onnx`, `onnx/model_quantized.onnx` (each one file, weights inside), the config and
+    the tokenizer: what `ORTModelForSequenceClassification`, [`OnnxTextClassifier`], ONNX Runtime and transformers.js
+    load. It appears complete or not at all. `output_dir` may be `model_dir`: then `onnx/` is added to the checkpoint.
+
+    Args:
+        model_dir (`str` or `Path`): Folder (or Hub id) of the model and its tokenizer.
+        output_dir (`str` or `Path`): A new or empty folder, an earlier export, or `model_dir`.
+        backend (`str`, *optional*, defaults to `"auto"`): `optimum` (optimum-onnx), `transformers` (the exporter of
+            transformers 5), or `auto` for the first that is installed. The folder is the same.
+        quantization (`str`, *optional*, defaults to `"dynamic"`): `dynamic` finds the range of each activation while
+            running; `static` takes it from `calibration` rows; `None` writes float32 alone.
+        task ([`~hf_kd.glue.TextTask`], *optional*): Names the text columns and the metric of the rows.
+        validation (`Dataset` or sequence of `dict`, *optional*): Rows with the task's text columns and `label`. They
+            are compared with torch, and the int8 file has to keep the metric on them. Without them built-in texts
+            are compared, and the int8 file's quality is not known, with a warning.
+        calibration (`Dataset` or sequence of `dict`, *optional*): Rows of the training data, for static ranges; up to
+            256 of different lengths are taken.
+        max_metric_drop (`float`, *optional*, defaults to 0.005): How far the main metric may drop from float32 to
+            int8, in the metric's own unit. Beyond it, see [`~hf_kd.deploy.quantization.quantize_within`].
+        quantization_format (`str`, *optional*, defaults to `"QDQ"`): `QDQ` or `QOperator`, for static quantisation.
+        calibration_method (`str`, *optional*, defaults to `"minmax"`): `minmax`, `entropy` or `percentile`.
+        opset (`int`, *optional*): Version of the ONNX operators; defaults to the backend's choice.
+        max_length (`int`, *optional*): Longest input in tokens of the rows, as in training; defaults to what the
+            model takes.
+
+    Returns:
+        `dict`: What was done and found, also written to `onnx/export_report.json`: `backend`, `opset`, `inputs`,
+        `parity`, `quantization` and `cpu`.
+
+    Raises:
+        `ValueError`: For arguments, a model or rows that cannot work.
+        `ImportError`: If no backend is installed, with the line that installs one.
+        [`~hf_kd.deploy.parity.ParityError`]: If the file does not answer as the model does.
+        [`~hf_kd.deploy.quantization.QuantizationError`]: If no int8 file keeps the metric. The float32 file is kept.
+        `OSError`: If the folder cannot be written; nothing of it is left then.
+    """
+    _check_arguments(quantization, max_metric_drop, task, validation, calibration)
+    model_dir, output_dir = Path(model_dir), Path(output_dir)
+    _check_output_dir(output_dir, model_dir)
+    backend_name, export = find_exporter(backend)
+    _check_opset(opset, backend_name.split()[0])
+    model, tokenizer = _load(model_dir)
+    with _staging_folder(output_dir) as staging:
+        model.config.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        (staging / "onnx").mkdir()
+        export(model, _sample_inputs(model, tokenizer), staging / FP32_FILE, opset)
+        classifier = OnnxTextClassifier.from_pretrained(staging, FP32_FILE, max_length=max_length)
+        texts = _texts(validation, task) or list(_TEXTS)
+        report: dict[str, Any] = {
+            "backend": backend_name,
+            "opset": _check_opset(opset, backend_name.split()[0], found=opset_of(staging / FP32_FILE)),
+            "inputs": classifier.input_names,
+            "parity": check_parity(model, tokenizer, classifier, texts),
+            "quantization": None,
+            "cpu": cpu_facts(),
+        }
+        failure = None
+        if quantization is not None:
+            first = Int8Settings(
+                quantization,
+                reduce_range=needs_reduced_range(),
+                format=quantization_format if quantization == "static" else "QOperator",
+                calibration_method=calibration_method,
+            )
+            try:
+                report["quantization"] = _quantize(
+                    classifier, staging, first, task, validation, calibration, max_metric_drop
+                )
+            except QuantizationError as error:
+                failure, report["quantization"] = error, error.report
+        (staging / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        _publish(staging, output_dir, in_place=_is_same(output_dir, model_dir))
+    if failure is not None:
+        raise failure
+    return report
+
+
+def _check_arguments(
+    quantization: str | None, max_metric_drop: float, task: Any, validation: Rows | None, calibration: Rows | None
+) -> None:
+    if quantization not in ("dynamic", "static", None):
+        raise ValueError(f"quantization={quantization!r} must be 'dynamic', 'static' or None.")
+    if not max_metric_drop >= 0:
+        raise ValueError(f"max_metric_drop={max_metric_drop} must be 0 or more; 0.005 is half a point of accuracy.")
+    if quantization == "static" and calibration is None:
+        raise ValueError(
+            "quantization='static' takes the range of each activation from data; give rows of the training data as "
+            "`calibration`, or use quantization='dynamic'."
+        )
+    for name, rows in (("validation", validation), ("calibration", calibration)):
+        if rows is not None and task is None:
+            raise ValueError(f"`{name}` rows need their `task`, which names the text columns and the metric.")
+        if rows is not None and not len(rows):
+            raise ValueError(f"`{name}` has no rows; give one or more, or None.")
+
+
+def _check_opset(opset: int | None, backend: str, found: int | None = None) -> int | None:
+    """Before the export, whether the backend can write it; after, whether it did."""
+    known = OPSETS[backend]
+    if opset is not None and opset not in known:
+        raise ValueError(
+            f"opset={opset}; the backend `{backend}` writes {known[0]} to {known[-1]}, or its own choice with None."
+        )
+    if None not in (opset, found) and opset != found:
+        raise ValueError(f"opset={opset}, but the backend `{backend}` wrote {found}; use opset={found}, or None.")
+    return found
+
+
+def _is_same(output_dir: Path, model_dir: Path) -> bool:
+    return output_dir.resolve() == model_dir.resolve()
+
+
+def _check_output_dir(output_dir: Path, model_dir: Path) -> None:
+    """Refuse to mix the export with files of another kind."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir={str(output_dir)!r} is a file; give a folder.")
+    if _is_same(output_dir, model_dir) or not output_dir.exists() or (output_dir / REPORT_FILE).is_file():
+        return
+    if any(output_dir.iterdir()):
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds other files; give a new folder, an earlier export, or the model's "
+            "own folder."
+        )
+
+
+def _load(model_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in float32 and tokenizer of a sequence classification checkpoint."""
+    model = load_finetuned(model_dir, argument="model_dir", dtype=torch.float32).eval()
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"model_dir={str(model_dir)!r} is a {type(model).__name__}; give a model for sequence classification."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(model_dir) if has_tokenizer(model_dir) else None
+    if tokenizer is None or not tokenizer.is_fast:
+        raise ValueError(
+            f"model_dir={str(model_dir)!r} holds no tokenizer that can be saved as tokenizer.json; save the one it "
+            "was trained with: AutoTokenizer.from_pretrained(...).save_pretrained(model_dir)."
+        )
+    return model, tokenizer
+
+
+def _sample_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """Two padded pairs, for exporters that trace; of the columns the tokenizer writes, those that the model reads."""
+    inputs = tokenizer([_TEXTS[1], _TEXTS[0]], [_TEXTS[0], _TEXTS[0]], padding=True, return_tensors="pt")
+    return columns_for(forward_columns(model), inputs)
+
+
+def _texts(rows: Rows | None, task: TextTask | None) -> list[TextInput]:
+    if rows is None or task is None:
+        return []
+    first = rows[0]
+    if missing := [column for column in task.text_columns if column not in first]:
+        raise ValueError(f"the rows have the columns {list(first)}, but {missing} of task {task.name!r} are needed.")
+    columns = task.text_columns
+    return [tuple(row[column] for column in columns) if len(columns) == 2 else row[columns[0]] for row in rows]
+
+
+def _quantize(
+    fp32: OnnxTextClassifier,
+    folder: Path,
+    first: Int8Settings,
+    task: TextTask | None,
+    validation: Rows | None,
+    calibration: Rows | None,
+    max_metric_drop: float,
+) -> dict[str, Any]:
+    """Put the task's metric, a few rows and the calibration rows into the terms of [`quantize_within`]."""
+    texts, calibration_texts = _texts(validation, task), _texts(calibration, task)
+
+    def logits(file: Path, inputs: Sequence[TextInput]) -> np.ndarray:
+        name = str(file.relative_to(folder))
+        return OnnxTextClassifier.from_pretrained(folder, name, max_length=fp32.max_length).logits(inputs)
+
+    score = None
+    if task is not None and validation is not None:
+        labels = np.asarray([row["label"] for row in validation])
+        columns, compute_metrics = _label_columns(fp32.id2label, task), compute_metrics_fn(task)
+        labeled = np.flatnonzero(labels != UNLABELED)
+        labeled_texts = [texts[i] for i in labeled]
+
+        def score(file: Path) -> float:
+            predictions = logits(file, labeled_texts)[:, columns]
+            return compute_metrics(EvalPrediction(predictions, labels[labeled]))[task.main_metric]
+
+    else:
+        logger.warning("the int8 file is written unmeasured; give `validation` rows and their `task`.")
+    few = _spread(fp32, calibration_texts or texts or _TEXTS, NUM_SENSITIVITY_ROWS)
+    return quantize_within(
+        folder / FP32_FILE,
+        folder / INT8_FILE,
+        first,
+        score=score,
+        logits=lambda file: logits(file, few),
+        max_metric_drop=max_metric_drop,
+        metric_name=task.main_metric if task is not None else None,
+        # One row at a time: the activations of padding would widen the ranges.
+        calibration=[fp32.pad(fp32.encode([text])) for text in _spread(fp32, calibration_texts, NUM_CALIBRATION_ROWS)],
+    )
+
+
+def _label_columns(id2label: Mapping[int, str], task: TextTask) -> list[int]:
+    """Which of the model's logits belongs to each class of the task."""
+    names = [id2label[index] for index in range(len(id2label))]
+    wanted = list(task.label_names or names[:1])
+    if len(names) == len(wanted) and all(name == f"LABEL_{index}" for index, name in enumerate(names)):
+        return list(range(len(names)))
+    folded = {name.casefold(): index for index, name in enumerate(names)}
+    columns = [folded[name.casefold()] for name in wanted if name.casefold() in folded]
+    if not len(columns) == len(names) == len(wanted):
+        raise ValueError(
+            f"the model's classes are {names}, those of task {task.name!r} {wanted}; give the task it was trained on."
+        )
+    return columns
+
+
+def _spread(classifier: OnnxTextClassifier, texts: Sequence[TextInput], count: int) -> list[TextInput]:
+    """Up to `count` texts from the shortest to the longest."""
+    lengths = [len(encoding.ids) for encoding in classifier.encode(texts)]
+    return [texts[i] for i in spread_over_lengths(lengths, count)]
+
+
+@contextlib.contextmanager
+def _staging_folder(output_dir: Path) -> Iterator[Path]:
+    """A folder beside the output, on the same disk; gone afterwards, whatever happened."""
+    staging = output_dir.resolve().parent / f".{output_dir.resolve().name}-{uuid.uuid4().hex[:8]}"
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; choose an output_dir that can be written", str(output_dir)
+        ) from error
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, output_dir: Path, in_place: bool) -> None:
+    """Move the finished files to where they belong; only renames, which need no space."""
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        if output_dir.exists():
+            output_dir.rmdir()
+        staging.rename(output_dir)
+        return
+    old = staging / "old"
+    if (output_dir / "onnx").exists():
+        (output_dir / "onnx").rename(old)
+    (staging / "onnx").rename(output_dir / "onnx")
+    for file in staging.iterdir():
+        # A checkpoint's own config and tokenizer stay as they are.
+        if file.is_file() and not (in_place and (output_dir / file.name).exists()):
+            file.replace(output_dir / file.name)
