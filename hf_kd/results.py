@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -20,9 +21,10 @@ import torch
 
 ROLES = {"teacher": "teacher", "baseline": "student without distillation", "student": "student distilled"}
 _PACKAGES = ("hf-kd", "torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
+_PACKAGES += ("optimum-onnx", "onnx", "onnxscript", "onnxruntime")
 
 
-def write_results(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> None:
+def write_results(path: str | os.PathLike, rows: Sequence[dict[str, Any]], **sections: Any) -> None:
     """Write rows beside what they were measured with; complete or not at all.
 
     Args:
@@ -30,9 +32,12 @@ def write_results(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> No
         rows (sequence of `dict`):
             One per model: `role` ("teacher", "baseline" or "student"), `task`, `seed`, `metrics` (split to metric to
             value), `main_metric` (split and metric), `parameters`, and what else identifies the model.
+        sections: What else belongs to the run, by name: `export` of [`~hf_kd.deploy.onnx.export_onnx`], `benchmark` of
+            [`~hf_kd.deploy.benchmark.benchmark`].
     """
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps({"run": describe_run(), "rows": list(rows)}, indent=2) + "\n", encoding="utf-8")
+    results = {"run": describe_run(), "rows": list(rows), **sections}
+    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -45,7 +50,7 @@ def describe_run() -> dict[str, Any]:
     """Command, versions, hardware, threads and commit, without paths or tokens of the user's machine."""
     return {
         "command": _command(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "threads_per_process": torch.get_num_threads(),
@@ -100,11 +105,13 @@ def _command() -> str:
     return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", shlex.join(["python", str(script), *words]))
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def _hardware() -> str:

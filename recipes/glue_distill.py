@@ -75,6 +75,10 @@ class ModelArguments:
         default=False,
         metadata={"help": "Also train the same student without the teacher, for as many steps, and print both."},
     )
+    export_onnx: bool = field(
+        default=False,
+        metadata={"help": "Also write the student as ONNX, float32 and int8, into `onnx` of the output folder."},
+    )
     learning_rates: list[float] | None = field(
         default=None,
         metadata={"help": "Train student and baseline at each of these and keep the best on the validation split."},
@@ -95,7 +99,10 @@ def main() -> None:
     model_args, data_args, args = parse_args(
         (ModelArguments, DataArguments, DistillationTrainingArguments), **training_defaults(), learning_rate=1e-4
     )
+    if model_args.export_onnx:
+        check_export_is_installed()
     data, task = load_data(data_args, args.seed)
+    texts = data
     teacher = load_task_teacher(model_args, task)
     tokenizer = load_tokenizer(model_args)
     data = tokenize_data(data, task, tokenizer, data_args, args)
@@ -161,7 +168,23 @@ def main() -> None:
     if student_trainer.is_world_process_zero():
         write_results(Path(args.output_dir) / "results.json", rows)
         print(format_table(rows))
+        if model_args.export_onnx:
+            export_student(args.output_dir, data_args, texts, task)
     student_trainer.accelerator.end_training()
+
+
+def check_export_is_installed() -> None:
+    """Hours before it is needed. Only those who export need the ONNX packages, so they are imported here."""
+    from hf_kd.deploy.exporters import find_exporter
+
+    find_exporter("auto")
+
+
+def export_student(folder: str, data_args: DataArguments, data: DatasetDict, task: TextTask) -> None:
+    """ONNX files beside the student's checkpoint, with the defaults of `export_onnx.py`."""
+    from export_onnx import ExportArguments, export_and_measure
+
+    export_and_measure(ExportArguments(model_dir=folder, output_dir=folder), data_args, data, task)
 
 
 def load_task_teacher(model_args: ModelArguments, task: TextTask) -> PreTrainedModel:

@@ -10,14 +10,13 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from . import INSTALL
+
 
 try:
     import onnxruntime
 except ImportError as error:
-    raise ImportError(
-        "OnnxTextClassifier needs onnxruntime: pip install 'hf-kd[optimum]' (transformers 4.57) or 'hf-kd[onnx]' "
-        "(transformers 5)."
-    ) from error
+    raise ImportError(f"{error}. OnnxTextClassifier needs onnxruntime: {INSTALL}.") from error
 from tokenizers import Encoding, Tokenizer
 
 from .cpu import available_cores

@@ -10,16 +10,22 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import onnx
 import torch
 from transformers import PreTrainedModel
 
+from . import INSTALL
+
+
+try:
+    import onnx
+except ImportError as error:
+    raise ImportError(f"{error}. ONNX export needs onnx: {INSTALL}.") from error
 
 Exporter = Callable[[PreTrainedModel, Mapping[str, torch.Tensor], Path, int | None], None]
 
 MAX_BYTES = 2**31 - 1  # of one ONNX file: it is one protobuf message
-# What each exporter writes on the pinned versions; below, attention or layer normalisation has no operator.
-OPSETS = {"optimum": range(14, 24), "transformers": range(18, 24)}
+# What each exporter writes on the pinned versions; below them attention has no operator.
+OPSETS = {"optimum": range(14, 24), "transformers": range(17, 26)}
 
 
 def find_exporter(backend: str) -> tuple[str, Exporter]:

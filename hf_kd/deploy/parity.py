@@ -38,7 +38,7 @@ def check_parity(
         tolerance (`float`, *optional*, defaults to 1e-4): Largest allowed absolute difference of a logit.
 
     Returns:
-        `dict`: `rows`, `batches` (`[batch size, length]` of each), `max_difference` and `tolerance`.
+        `dict`: `rows`, `batches` (`"batch size x length"` of each), `max_difference` and `tolerance`.
 
     Raises:
         [`ParityError`]: At the first batch whose token ids, logits or predictions differ, saying which and by how
@@ -71,7 +71,7 @@ def check_parity(
         if not np.array_equal(found.argmax(axis=-1), expected.argmax(axis=-1)):
             raise ParityError(f"{where}: torch and ONNX Runtime predict different classes.")
         max_difference = max(max_difference, difference)
-        shapes.append([batch_size, length])
+        shapes.append(f"{batch_size} x {length}")
     return {
         "rows": sum(map(len, batches)),
         "batches": shapes,
