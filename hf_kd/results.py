@@ -20,8 +20,10 @@ import torch
 
 
 ROLES = {"teacher": "teacher", "baseline": "student without distillation", "student": "student distilled"}
-_PACKAGES = ("hf-kd", "torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers")
-_PACKAGES += ("optimum-onnx", "onnx", "onnxscript", "onnxruntime")
+_PACKAGES = (
+    *("hf-kd", "torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers"),
+    *("optimum-onnx", "onnx", "onnxscript", "onnxruntime"),
+)
 
 
 def write_results(path: str | os.PathLike, rows: Sequence[dict[str, Any]], **sections: Any) -> None:

@@ -22,6 +22,7 @@ from ..signals.capture import columns_for, forward_columns
 from .classifier import OnnxTextClassifier, TextInput
 from .cpu import cpu_facts, needs_reduced_range
 from .exporters import OPSETS, find_exporter, opset_of
+from .graph import optimize_for_cpu
 from .parity import check_parity, spread_over_lengths
 from .quantization import Int8Settings, QuantizationError, quantize_within
 
@@ -58,6 +59,7 @@ def export_onnx(
     quantization_format: Literal["QDQ", "QOperator"] = "QDQ",
     calibration_method: Literal["minmax", "entropy", "percentile"] = "minmax",
     opset: int | None = None,
+    optimize: bool = True,
     max_length: int | None = None,
 ) -> dict[str, Any]:
     """
@@ -85,12 +87,14 @@ def export_onnx(
         quantization_format (`str`, *optional*, defaults to `"QDQ"`): `QDQ` or `QOperator`, for static quantisation.
         calibration_method (`str`, *optional*, defaults to `"minmax"`): `minmax`, `entropy` or `percentile`.
         opset (`int`, *optional*): Version of the ONNX operators; defaults to the backend's choice.
+        optimize (`bool`, *optional*, defaults to `True`): Rewrite the graph for CPUs, see [`~hf_kd.deploy.graph`]: the
+            same answers in standard operators, sooner. Graphs that do not have BERT's shape stay as they are.
         max_length (`int`, *optional*): Longest input in tokens of the rows, as in training; defaults to what the
             model takes.
 
     Returns:
-        `dict`: What was done and found, also written to `onnx/export_report.json`: `backend`, `opset`, `inputs`,
-        `parity`, `quantization` and `cpu`.
+        `dict`: What was done and found, also written to `onnx/export_report.json`: `backend`, `opset`,
+        `graph`, `inputs`, `parity`, `quantization` and `cpu`.
 
     Raises:
         `ValueError`: For arguments, a model or rows that cannot work.
@@ -109,12 +113,17 @@ def export_onnx(
         model.config.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         (staging / "onnx").mkdir()
-        export(model, _sample_inputs(model, tokenizer), staging / FP32_FILE, opset)
+        sample = _sample_inputs(model, tokenizer)
+        arrays = {name: tensor.numpy() for name, tensor in sample.items()}
+        export(model, sample, staging / FP32_FILE, opset)
+        found_opset = _check_opset(opset, backend_name.split()[0], found=opset_of(staging / FP32_FILE))
+        reason = optimize_for_cpu(staging / FP32_FILE, arrays) if optimize else "optimize=False"
         classifier = OnnxTextClassifier.from_pretrained(staging, FP32_FILE, max_length=max_length)
         texts = _texts(validation, task) or list(_TEXTS)
         report: dict[str, Any] = {
             "backend": backend_name,
-            "opset": _check_opset(opset, backend_name.split()[0], found=opset_of(staging / FP32_FILE)),
+            "opset": found_opset,
+            "graph": "rewritten for CPUs" if reason is None else f"as exported: {reason}",
             "inputs": classifier.input_names,
             "parity": check_parity(model, tokenizer, classifier, texts),
             "quantization": None,

@@ -1,5 +1,7 @@
 """Turns a float32 ONNX file into an int8 one that still does its task."""
 
+import contextlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -97,19 +99,20 @@ def quantize(
         "nodes_to_exclude": list(settings.nodes_in_fp32),
     }
     options = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
-    if settings.method == "dynamic":
-        quantize_dynamic(model_file, output_file, **common, extra_options=options)
-        return
-    quantize_static(
-        model_file,
-        output_file,
-        _Batches(calibration),
-        quant_format=QuantFormat[settings.format],
-        activation_type=QuantType.QUInt8,
-        calibrate_method=_CALIBRATION[settings.calibration_method],
-        **common,
-        extra_options=options,
-    )
+    with _without_advice():
+        if settings.method == "dynamic":
+            quantize_dynamic(model_file, output_file, **common, extra_options=options)
+            return
+        quantize_static(
+            model_file,
+            output_file,
+            _Batches(calibration),
+            quant_format=QuantFormat[settings.format],
+            activation_type=QuantType.QUInt8,
+            calibrate_method=_CALIBRATION[settings.calibration_method],
+            **common,
+            extra_options=options,
+        )
 
 
 def quantize_within(
@@ -212,6 +215,20 @@ def _by_sensitivity(
             quantize(model_file, file, settings, calibration, only=[name])
             errors[name] = float(np.square(logits(file) - expected).mean())
     return sorted(errors, key=lambda name: -errors[name])
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """ONNX Runtime advises a shape inference beforehand, by the root logger; graphs without branches need none."""
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return "pre-processing before quantization" not in record.getMessage()
+
+    logging.getLogger().addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(is_wanted)
 
 
 class _Batches(CalibrationDataReader):
