@@ -2,8 +2,9 @@
 
 python recipes/demo.py [--output_dir runs/demo]
 
-Three commands that you would run on your own data: fine-tune a teacher, distil it, and train the same student without
-it. The labelled rows are few; the unlabelled ones, which only the teacher can use, are many.
+Commands that you would run on your own data: fine-tune a teacher; distil it, and train the same student without it;
+export the student to ONNX, and measure it beside the teacher. The labelled rows are few; the unlabelled ones, which
+only the teacher can use, are many.
 """
 
 from __future__ import annotations
@@ -30,16 +31,20 @@ def main() -> None:
 
     start = time.monotonic()
     teacher = output_dir / "teacher"
-    print("1/2 Fine-tuning the teacher (6 layers) on the labelled rows", flush=True)
+    print("1/3 Fine-tuning the teacher (6 layers) on the labelled rows", flush=True)
     launch("glue_finetune.py", "configs/demo_teacher.yaml", "--model_name_or_path", encoder, "--output_dir", teacher)
-    print("2/2 Distilling it into a student of 3 layers, and training the same student without it", flush=True)
+    print("2/3 Distilling it into a student of 3 layers, and training the same student without it", flush=True)
     launch(
         "glue_distill.py",
         "configs/demo.yaml",
         *("--teacher_model_name_or_path", teacher),
         *("--output_dir", output_dir / "student"),
     )
-    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes; the student is in {output_dir / 'student'}.")
+    print("3/3 Exporting the student to ONNX, in float32 and int8, and measuring both beside the teacher", flush=True)
+    student = output_dir / "student"
+    flags = ["--model_dir", student, "--output_dir", student, "--teacher_model_name_or_path", teacher]
+    run(RECIPES / "export_onnx.py", "--task_name", "demo", "--benchmark", "--benchmark_rounds", "1", *flags)
+    print(f"Done in {(time.monotonic() - start) / 60:.1f} minutes; the student is in {student}, with report.md.")
 
 
 def find_encoder() -> Path:
@@ -58,9 +63,12 @@ def find_encoder() -> Path:
 
 def launch(recipe: str, config: str, *flags: str | Path) -> None:
     """Run a recipe as a user would: accelerate launch --config_file ... recipe config flags."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(RECIPES / "accelerate_configs" / "cpu.yaml")]
-    subprocess.run([*command, str(RECIPES / recipe), str(RECIPES / config), *map(str, flags)], check=True)
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate_configs" / "cpu.yaml")
+    run(*launcher, RECIPES / recipe, RECIPES / config, *flags)
+
+
+def run(*words: str | Path) -> None:
+    subprocess.run([sys.executable, *map(str, words)], check=True)
 
 
 if __name__ == "__main__":
