@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,24 @@ class TextTask:
     @property
     def num_labels(self) -> int:
         return 1 if self.label_names is None else len(self.label_names)
+
+    def logit_columns(self, id2label: Mapping[int, str]) -> list[int]:
+        """Which logit of a model belongs to each class of the task, by name: a model may have another order.
+
+        Raises:
+            `ValueError`: If its classes are not those of the task. Names that say nothing (`LABEL_0`) are taken to be
+                in the task's order.
+        """
+        names = [id2label[index] for index in range(len(id2label))]
+        has_names = names != [f"LABEL_{index}" for index in range(len(names))]
+        wanted = list(self.label_names) if self.label_names is not None and has_names else names[: self.num_labels]
+        indices = {name.casefold(): index for index, name in enumerate(names)}
+        if len(wanted) != self.num_labels or sorted(indices) != sorted(name.casefold() for name in wanted):
+            raise ValueError(
+                f"the model's classes are {names}, and those of task {self.name!r} are "
+                f"{list(self.label_names or ['one score'])}; give the task that the model was trained on."
+            )
+        return [indices[name.casefold()] for name in wanted]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .cpu import cpu_facts
+
 
 ROLES = {"teacher": "teacher", "baseline": "student without distillation", "student": "student distilled"}
 _PACKAGES = (
@@ -119,9 +121,7 @@ def _versions() -> dict[str, str]:
 def _hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{os.cpu_count()} x {names[0] if names else platform.processor() or platform.machine()}"
+    return f"{os.cpu_count()} x {cpu_facts()['model']}"
 
 
 def _commit() -> str | None:

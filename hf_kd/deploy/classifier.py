@@ -6,28 +6,24 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
+from tokenizers import Encoding, Tokenizer
 
+from ..cpu import available_cores
 from . import INSTALL
 
 
-try:
-    import onnxruntime
-except ImportError as error:
-    raise ImportError(f"{error}. OnnxTextClassifier needs onnxruntime: {INSTALL}.") from error
-from tokenizers import Encoding, Tokenizer
-
-from .cpu import available_cores
-
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # A text, a pair of texts, or the pipeline's way to write either.
 TextInput = str | tuple[str, str] | dict[str, str]
 # What export_onnx writes first, then the flat layout of other exporters; int8 before float32.
 _FILE_NAMES = ("onnx/model_quantized.onnx", "onnx/model.onnx", "model_quantized.onnx", "model.onnx")
 # What transformers leaves out of config.json, because it is the default.
-_TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
+TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 _Find = Callable[[str], Path | None]  # a file's name in a folder or repository -> where it is, if it is there
 
 
@@ -68,15 +64,9 @@ class OnnxTextClassifier:
         self.tokenizer.enable_truncation(self.max_length, direction=tokenizer_config.get("truncation_side", "right"))
         self._pads_left = tokenizer_config.get("padding_side", "right") == "left"
         self._pad_token_id = _pad_token_id(tokenizer, tokenizer_config, config)
-        self.id2label = {int(index): name for index, name in config.get("id2label", _TWO_LABELS).items()}
+        self.id2label = {int(index): name for index, name in config.get("id2label", TWO_LABELS).items()}
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads or available_cores()
-        options.inter_op_num_threads = 1
-        # Threads that spin between two calls take the cores away from whatever else runs in this process.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self.session = onnxruntime.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
-        self.input_names = [node.name for node in self.session.get_inputs()]
+        self.input_names = self._load(Path(model_file), num_threads or available_cores())
 
     @classmethod
     def from_pretrained(
@@ -90,7 +80,7 @@ class OnnxTextClassifier:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
-    ) -> OnnxTextClassifier:
+    ) -> Self:
         """
         Load an exported folder, or a repository of the Hub that holds one.
 
@@ -218,6 +208,20 @@ class OnnxTextClassifier:
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         """Logits `(batch, labels)` of model inputs `(batch, sequence)`."""
         return self.session.run(["logits"], batch)[0]
+
+    def _load(self, model_file: Path, num_threads: int) -> list[str]:
+        """Make the model ready to run; the names of its inputs."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(f"{error}. OnnxTextClassifier needs onnxruntime: {INSTALL}.") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        options.inter_op_num_threads = 1
+        # Threads that spin between two calls take the cores away from whatever else runs in this process.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self.session = onnxruntime.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
+        return [node.name for node in self.session.get_inputs()]
 
     def _apply(self, logits: np.ndarray, function: str | None) -> np.ndarray:
         problem_type = self.config.get("problem_type")

@@ -17,10 +17,10 @@ from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrai
 from transformers.utils import logging
 
 from ..checkpoint import has_tokenizer, load_finetuned
+from ..cpu import cpu_facts, needs_reduced_range
 from ..glue import UNLABELED, TextTask, compute_metrics_fn
 from ..signals.capture import columns_for, forward_columns
 from .classifier import OnnxTextClassifier, TextInput
-from .cpu import cpu_facts, needs_reduced_range
 from .exporters import OPSETS, find_exporter, opset_of
 from .graph import optimize_for_cpu
 from .parity import check_parity, spread_over_lengths
@@ -249,7 +249,7 @@ def _quantize(
     score = None
     if task is not None and validation is not None:
         labels = np.asarray([row["label"] for row in validation])
-        columns, compute_metrics = _label_columns(fp32.id2label, task), compute_metrics_fn(task)
+        columns, compute_metrics = task.logit_columns(fp32.id2label), compute_metrics_fn(task)
         labeled = np.flatnonzero(labels != UNLABELED)
         labeled_texts = [texts[i] for i in labeled]
 
@@ -271,21 +271,6 @@ def _quantize(
         # One row at a time: the activations of padding would widen the ranges.
         calibration=[fp32.pad(fp32.encode([text])) for text in _spread(fp32, calibration_texts, NUM_CALIBRATION_ROWS)],
     )
-
-
-def _label_columns(id2label: Mapping[int, str], task: TextTask) -> list[int]:
-    """Which of the model's logits belongs to each class of the task."""
-    names = [id2label[index] for index in range(len(id2label))]
-    wanted = list(task.label_names or names[:1])
-    if len(names) == len(wanted) and all(name == f"LABEL_{index}" for index, name in enumerate(names)):
-        return list(range(len(names)))
-    folded = {name.casefold(): index for index, name in enumerate(names)}
-    columns = [folded[name.casefold()] for name in wanted if name.casefold() in folded]
-    if not len(columns) == len(names) == len(wanted):
-        raise ValueError(
-            f"the model's classes are {names}, those of task {task.name!r} {wanted}; give the task it was trained on."
-        )
-    return columns
 
 
 def _spread(classifier: OnnxTextClassifier, texts: Sequence[TextInput], count: int) -> list[TextInput]:
