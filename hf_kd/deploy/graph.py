@@ -157,7 +157,26 @@ def _scores(graph: _Graph, name: str) -> NodeProto | None:
         return None
     if node.op_type == "MatMul":
         return None if graph.is_linear(node) else node
-    return next((found for above in graph.above(node) if (found := _scores(graph, above)) is not None), None)
+    for above in graph.above(node):
+        if (found := _scores(graph, above)) is not None:
+            if any(_is_learned(graph, other) for other in graph.above(node) if other != above):
+                raise _UnknownGraphError(f"{node.name} adds more than a mask to the scores")
+            return found
+    return None
+
+
+def _is_learned(graph: _Graph, name: str) -> bool:
+    """Whether a value comes from a weight matrix, as the biases of relative positions do; a mask does not."""
+    seen: set[str] = set()
+    queue = [name]
+    while queue:
+        name = queue.pop()
+        if name in graph.weights and len(graph.weights[name].dims) > 1:
+            return True
+        if name in graph.producers and name not in seen:
+            seen.add(name)
+            queue += graph.producers[name].input
+    return False
 
 
 def _context(graph: _Graph, name: str) -> NodeProto | None:

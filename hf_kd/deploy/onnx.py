@@ -215,8 +215,8 @@ def _load(model_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _sample_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Two padded pairs, for exporters that trace; of the columns the tokenizer writes, those that the model reads."""
-    inputs = tokenizer([_TEXTS[1], _TEXTS[0]], [_TEXTS[0], _TEXTS[0]], padding=True, return_tensors="pt")
+    """A long pair and a padded one, for exporters that trace; of the tokenizer's columns those that the model reads."""
+    inputs = tokenizer([_TEXTS[1], _TEXTS[0]], [_TEXTS[2], _TEXTS[0]], padding=True, return_tensors="pt")
     return columns_for(forward_columns(model), inputs)
 
 

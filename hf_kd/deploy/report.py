@@ -300,7 +300,7 @@ def _describe_benchmark(rows: Sequence[Row]) -> str:
 
 
 def _describe_export(export: dict[str, Any]) -> list[str]:
-    lines = [f"- Backend: {export.get('backend')}, opset {export.get('opset')}"]
+    lines = [f"- Backend: {export.get('backend')}, opset {export.get('opset')}; graph {export.get('graph')}"]
     if parity := export.get("parity"):
         lines.append(
             f"- Against torch: logits differ by at most {parity['max_difference']:.1e} over {parity['rows']} rows"

@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 EXPORT = {
     "backend": "optimum (optimum-onnx 0.1.0)",
     "opset": 18,
+    "graph": "rewritten for CPUs",
     "inputs": ["input_ids", "attention_mask"],
     "parity": {"rows": 64, "max_difference": 1.2e-6, "tolerance": 1e-4},
     "quantization": {
@@ -156,7 +157,7 @@ def test_a_report_of_everything(tmp_path):
     assert "on texts of the task, 25 tokens long on average" in text
     export = text[text.index("## ONNX export") : text.index("## The run")].splitlines()
     assert [line for line in export if line][1:] == [
-        "- Backend: optimum (optimum-onnx 0.1.0), opset 18",
+        "- Backend: optimum (optimum-onnx 0.1.0), opset 18; graph rewritten for CPUs",
         "- Against torch: logits differ by at most 1.2e-06 over 64 rows, 0.0001 allowed",
         "- int8: dynamic, per channel, 8-bit weights, 1 nodes in fp32; `/classifier/Gemm`",
         "- accuracy 88.20 in fp32, 88.00 in int8: dropped by 0.20 points, 0.50 allowed",
