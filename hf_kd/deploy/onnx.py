@@ -215,7 +215,7 @@ def _load(model_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _sample_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """A long pair and a padded one, for exporters that trace; of the tokenizer's columns those that the model reads."""
+    """Two pairs, one padded, for exporters that trace; of the tokenizer's columns, those that the model reads."""
     inputs = tokenizer([_TEXTS[1], _TEXTS[0]], [_TEXTS[2], _TEXTS[0]], padding=True, return_tensors="pt")
     return columns_for(forward_columns(model), inputs)
 
