@@ -96,13 +96,15 @@ def measure(
     args: ExportArguments, data_args: DataArguments, data: DatasetDict, task: TextTask
 ) -> list[dict[str, Any]]:
     """Every variant on the rows that models are reported on."""
-    rows = data[measured_splits(data, task)[0]]
+    split = measured_splits(data, task)[0]
+    rows = data[split]
     columns = [rows[column][:] for column in task.text_columns]
     return benchmark(
         default_variants(args.teacher_model_name_or_path, args.model_dir, args.output_dir),
         columns[0] if len(columns) == 1 else list(zip(*columns, strict=True)),
         rows["label"][:],
         task,
+        split=split,
         max_length=data_args.max_seq_length,
         rounds=args.benchmark_rounds,
         seconds=args.benchmark_seconds,

@@ -1,4 +1,23 @@
 """After training: ONNX export, int8, a classifier without torch, benchmarks and reports."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .classifier import OnnxTextClassifier
+    from .onnx import export_onnx
+
+__all__ = ["OnnxTextClassifier", "export_onnx"]
+
 # For errors: what brings onnx and onnxruntime along.
 INSTALL = "pip install 'hf-kd[optimum]' (with transformers 4.57) or pip install 'hf-kd[onnx]' (with transformers 5)"
+
+_MODULES = {"OnnxTextClassifier": "classifier", "export_onnx": "onnx"}
+
+
+# Names are imported when first used: who classifies needs no exporter, and no torch.
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

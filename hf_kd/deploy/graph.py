@@ -12,6 +12,7 @@ stay the same, up to the order of a few sums:
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,15 +91,21 @@ class _Graph:
         self.consumers: dict[str, list[NodeProto]] = self.editor.input_name_to_nodes()
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self.outputs = {output.name for output in model.graph.output}
+        self.names = {node.name for node in model.graph.node} | self.producers.keys() | self.weights.keys()
+
+    def new_name(self, kind: str) -> str:
+        name = next(name for i in itertools.count() if (name := f"rewritten_{kind}_{i}") not in self.names)
+        self.names.add(name)
+        return name
 
     def constant(self, value: Any, dtype: type) -> str:
-        name = f"constant_{len(self.editor.initializer())}"
+        name = self.new_name("constant")
         self.editor.add_initializer(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
     def add(self, op_type: str, *inputs: str, **attributes: Any) -> str:
         """Append an operator; the name of its output."""
-        name = f"rewritten_{op_type}_{len(self.editor.nodes())}"
+        name = self.new_name(op_type)
         self.editor.add_node(helper.make_node(op_type, inputs, [name], name=name, **attributes))
         return name
 
@@ -159,19 +166,20 @@ def _scores(graph: _Graph, name: str) -> NodeProto | None:
         return None if graph.is_linear(node) else node
     for above in graph.above(node):
         if (found := _scores(graph, above)) is not None:
-            if any(_is_learned(graph, other) for other in graph.above(node) if other != above):
+            if any(_is_learned(graph, other) for other in node.input if other != above):
                 raise _UnknownGraphError(f"{node.name} adds more than a mask to the scores")
             return found
     return None
 
 
 def _is_learned(graph: _Graph, name: str) -> bool:
-    """Whether a value comes from a weight matrix, as the biases of relative positions do; a mask does not."""
+    """Whether a value comes from a table of weights, as the biases of relative positions do; a mask does not."""
     seen: set[str] = set()
     queue = [name]
     while queue:
         name = queue.pop()
-        if name in graph.weights and len(graph.weights[name].dims) > 1:
+        weight = graph.weights.get(name)
+        if weight is not None and weight.data_type == TensorProto.FLOAT and np.prod(weight.dims) > 1:
             return True
         if name in graph.producers and name not in seen:
             seen.add(name)

@@ -310,7 +310,7 @@ def _describe_export(export: dict[str, Any]) -> list[str]:
     if int8:
         lines += _describe_int8(int8)
     if cpu := export.get("cpu"):
-        lines.append(f"- CPU: {cpu['model']} ({cpu['architecture']}), {cpu['cores']} cores, {' '.join(cpu['flags'])}")
+        lines.append(f"- CPU: {cpu['model']} ({cpu['architecture']}), cores: {cpu['cores']}, {' '.join(cpu['flags'])}")
     tried = [
         [str(attempt["settings"]), f"{100 * attempt['metric']:.2f}", f"{100 * attempt['drop']:.2f}"]
         for attempt in int8.get("attempts") or []

@@ -161,7 +161,7 @@ def test_a_report_of_everything(tmp_path):
         "- Against torch: logits differ by at most 1.2e-06 over 64 rows, 0.0001 allowed",
         "- int8: dynamic, per channel, 8-bit weights, 1 nodes in fp32; `/classifier/Gemm`",
         "- accuracy 88.20 in fp32, 88.00 in int8: dropped by 0.20 points, 0.50 allowed",
-        "- CPU: AMD EPYC (x86_64), 2 cores, avx2 avx512_vnni",
+        "- CPU: AMD EPYC (x86_64), cores: 2, avx2 avx512_vnni",
         "What was tried for int8, in this order:",
         "| settings | metric | drop |",
         "| --- | --- | --- |",
