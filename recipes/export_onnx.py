@@ -34,9 +34,6 @@ class ExportArguments:
     )
     quantization: str = field(default="dynamic", metadata={"help": "dynamic, static or none."})
     quantization_format: str = field(default="QDQ", metadata={"help": "QDQ or QOperator, for static quantisation."})
-    calibration_method: str = field(
-        default="minmax", metadata={"help": "minmax, entropy or percentile, for static quantisation."}
-    )
     max_metric_drop: float = field(
         default=0.005, metadata={"help": "How far int8 may fall below float32 on the validation set, 0 or more."}
     )
@@ -86,7 +83,6 @@ def export(args: ExportArguments, data_args: DataArguments, data: DatasetDict, t
         calibration=data["train"],
         max_metric_drop=args.max_metric_drop,
         quantization_format=args.quantization_format,
-        calibration_method=args.calibration_method,
         opset=args.opset,
         max_length=data_args.max_seq_length,
     )

@@ -1,4 +1,4 @@
-"""What the two GLUE recipes share: the arguments about data, reading the data, evaluating a model."""
+"""What the GLUE recipes share: the arguments about data, reading the data, evaluating a model."""
 
 from __future__ import annotations
 

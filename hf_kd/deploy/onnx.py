@@ -57,7 +57,6 @@ def export_onnx(
     calibration: Sequence[Mapping[str, Any]] | None = None,
     max_metric_drop: float = 0.005,
     quantization_format: Literal["QDQ", "QOperator"] = "QDQ",
-    calibration_method: Literal["minmax", "entropy", "percentile"] = "minmax",
     opset: int | None = None,
     optimize: bool = True,
     max_length: int | None = None,
@@ -85,7 +84,6 @@ def export_onnx(
         max_metric_drop (`float`, *optional*, defaults to 0.005): How far the main metric may drop from float32 to
             int8, in the metric's own unit. Beyond it, see [`~hf_kd.deploy.quantization.quantize_within`].
         quantization_format (`str`, *optional*, defaults to `"QDQ"`): `QDQ` or `QOperator`, for static quantisation.
-        calibration_method (`str`, *optional*, defaults to `"minmax"`): `minmax`, `entropy` or `percentile`.
         opset (`int`, *optional*): Version of the ONNX operators; defaults to the backend's choice.
         optimize (`bool`, *optional*, defaults to `True`): Rewrite the graph for CPUs, see [`~hf_kd.deploy.graph`]: the
             same answers in standard operators, sooner. Graphs that do not have BERT's shape stay as they are.
@@ -135,7 +133,6 @@ def export_onnx(
                 quantization,
                 reduce_range=needs_reduced_range(),
                 format=quantization_format if quantization == "static" else "QOperator",
-                calibration_method=calibration_method,
             )
             try:
                 report["quantization"] = _quantize(

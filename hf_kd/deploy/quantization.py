@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 from onnxruntime.quantization import (
     CalibrationDataReader,
-    CalibrationMethod,
     QuantFormat,
     QuantType,
     quantize_dynamic,
@@ -24,11 +23,6 @@ Batch = dict[str, np.ndarray]
 
 # Products with weights, and the embedding tables. Of two activations (attention scores) the product stays float32.
 OP_TYPES = ("MatMul", "Gemm", "Gather")
-_CALIBRATION = {
-    "minmax": CalibrationMethod.MinMax,
-    "entropy": CalibrationMethod.Entropy,
-    "percentile": CalibrationMethod.Percentile,
-}
 
 
 class QuantizationError(ValueError):
@@ -52,8 +46,6 @@ class Int8Settings:
         reduce_range (`bool`, *optional*, defaults to `False`): Weights of 7 bits, for CPUs whose int8 sums saturate.
         format (`str`, *optional*): `QDQ` (quantise and dequantise nodes around float operators) or `QOperator`
             (integer operators); dynamic quantisation has the latter alone.
-        calibration_method (`str`, *optional*, defaults to `"minmax"`): `minmax`, `entropy` or `percentile`; static
-            quantisation only.
         nodes_in_fp32 (`tuple[str, ...]`, *optional*): Nodes that keep float32 weights.
     """
 
@@ -61,14 +53,13 @@ class Int8Settings:
     per_channel: bool = True
     reduce_range: bool = False
     format: Literal["QDQ", "QOperator"] = "QOperator"
-    calibration_method: Literal["minmax", "entropy", "percentile"] = "minmax"
     nodes_in_fp32: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """A few words, for tables and errors."""
         words = [self.method, "per-channel" if self.per_channel else "per-tensor"]
         words += ["reduced range"] if self.reduce_range else []
-        words += [self.format, self.calibration_method] if self.method == "static" else []
+        words += [self.format] if self.method == "static" else []
         words += [f"{len(self.nodes_in_fp32)} nodes in fp32"] if self.nodes_in_fp32 else []
         return ", ".join(words)
 
@@ -109,7 +100,6 @@ def quantize(
             _Batches(calibration),
             quant_format=QuantFormat[settings.format],
             activation_type=QuantType.QUInt8,
-            calibrate_method=_CALIBRATION[settings.calibration_method],
             **common,
             extra_options=options,
         )
