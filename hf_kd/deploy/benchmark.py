@@ -132,7 +132,8 @@ def benchmark(
         `list[dict]`: For each variant, in the order given:
             - `variant`, `role`, `runtime`, `precision`, and `task`, the name or `None`;
             - `cpu`: the processor's name;
-            - `parameters`: their number, which an ONNX file takes from the torch variant of its role, or `None`;
+            - `parameters`: their number, which an ONNX file takes from the torch variant of its role before it;
+              `None` without one;
             - `size_bytes`: of the weights on disk; `memory_mb`: the process's peak in 10^6 bytes, or `None` where the
               system does not tell;
             - `cpu_share`: for how much of the time the processes of one thread had a core, or `None` without such;
@@ -190,12 +191,11 @@ def benchmark(
         }
         for variant in variants
     ]
+    counted: dict[str, int | None] = {}
     for row in rows:
         if row["cpu_share"] is not None and row["cpu_share"] < MIN_CPU_SHARE:
             logger.warning(f"{row['variant']} had a core for {row['cpu_share']:.0%} of the time; stop other programs.")
-        if row["parameters"] is None:
-            same_role = (other["parameters"] for other in rows if other["role"] == row["role"])
-            row["parameters"] = next(filter(None, same_role), None)
+        counted[row["role"]] = row["parameters"] = row["parameters"] or counted.get(row["role"])
     return rows
 
 
