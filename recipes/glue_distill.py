@@ -104,7 +104,7 @@ def main() -> None:
     data, task = load_data(data_args, args.seed)
     texts = data
     teacher = load_task_teacher(model_args, task)
-    tokenizer = load_tokenizer(model_args)
+    tokenizer, student_tokenizer = load_tokenizers(model_args)
     data = tokenize_data(data, task, tokenizer, data_args, args)
     splits = measured_splits(data, task)
     # Before hours of training: a teacher that does not fit the data is found here.
@@ -126,7 +126,7 @@ def main() -> None:
                 teacher_model=teacher,
                 train_dataset=train_dataset,
                 eval_dataset=data[task.validation_splits[0]],
-                processing_class=tokenizer,
+                processing_class=student_tokenizer,
                 data_collator=DataCollatorWithPadding(tokenizer),
                 compute_metrics=compute_metrics_fn(task),
             )
@@ -197,8 +197,11 @@ def load_task_teacher(model_args: ModelArguments, task: TextTask) -> PreTrainedM
     return teacher
 
 
-def load_tokenizer(model_args: ModelArguments) -> Any:
-    """The student's tokenizer, which must be the teacher's."""
+def load_tokenizers(model_args: ModelArguments) -> tuple[Any, Any]:
+    """The tokenizer that reads the data, and the one that is saved with the student; their tokens are the same.
+
+    The teacher's reads: a DistilBERT student's own one writes no segments, which a BERT teacher was trained with.
+    """
     teacher_tokenizer = load_teacher_tokenizer(model_args.teacher_model_name_or_path)
     path = model_args.student_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(path) if path is not None else teacher_tokenizer
@@ -208,7 +211,7 @@ def load_tokenizer(model_args: ModelArguments) -> Any:
             "tokenizer.save_pretrained(folder)."
         )
     check_tokenizers(tokenizer, teacher_tokenizer)
-    return tokenizer
+    return teacher_tokenizer or tokenizer, tokenizer
 
 
 def make_student(model_args: ModelArguments, teacher: PreTrainedModel, task: TextTask) -> PreTrainedModel:

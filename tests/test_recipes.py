@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import make_model, weights
 from test_distributed import ROOT, launch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from hf_kd.glue import GLUE_TASKS
 from hf_kd.results import read_results
@@ -216,6 +216,22 @@ def test_student_from_a_path_with_its_own_shape(tmp_path, monkeypatch, tokenizer
     run(monkeypatch, "glue_distill", *flags, *QUICK)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "distilbert" and config["id2label"] == {"0": "negative", "1": "positive"}
+
+
+def test_a_student_without_segments_leaves_them_to_its_teacher(tmp_path, monkeypatch, tokenizer, glue_dir):
+    """A BERT teacher would read pairs as one text, and the saved tokenizer would feed DistilBERT what it refuses."""
+    student = save_model(tmp_path / "base", tokenizer, family="distilbert", num_hidden_layers=2, num_labels=1)
+    own = AutoTokenizer.from_pretrained(student, model_input_names=["input_ids", "attention_mask"])
+    own.save_pretrained(student)
+    teacher = save_model(tmp_path / "pair-teacher", tokenizer, seed=1, num_labels=1)
+    flags = ["--task_name", "stsb", "--glue_dir", glue_dir, "--teacher_model_name_or_path", teacher, *QUICK]
+    losses = []
+    for name, extra in (("bert", []), ("distilbert", ["--student_model_name_or_path", student])):
+        run(monkeypatch, "glue_distill", *flags, *extra, "--output_dir", tmp_path / name)
+        losses.append(read_results(tmp_path / name / "results.json")["rows"][0]["metrics"]["validation"]["loss"])
+    assert losses[0] == losses[1]
+    scores = pipeline("text-classification", str(tmp_path / "distilbert"))([{"text": "w1", "text_pair": "w2 w3"}])
+    assert [set(score) for score in scores] == [{"label", "score"}]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
