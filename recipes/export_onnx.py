@@ -65,7 +65,9 @@ def export_and_measure(
     results_file = Path(export_args.output_dir) / "results.json"
     if export_args.benchmark:
         sections["benchmark"] = measure(export_args, data_args, data, task)
-    write_results(results_file, **earlier_results(results_file), **sections)
+    write_results(
+        results_file, **training_results(results_file, Path(export_args.model_dir) / "results.json"), **sections
+    )
     if export_args.benchmark:
         print(format_benchmark(sections["benchmark"]))
         print(f"The report is {write_report(results_file)}.")
@@ -107,11 +109,11 @@ def measure(
     )
 
 
-def earlier_results(path: Path) -> dict[str, Any]:
-    """What training wrote into the same file: its rows, and its own command and commit."""
-    if not path.is_file():
+def training_results(*paths: Path) -> dict[str, Any]:
+    """What training wrote into the same folder or beside the model: its rows, and its own command and commit."""
+    found = next((read_results(path) for path in paths if path.is_file()), None)
+    if found is None or not found["rows"]:
         return {"rows": []}
-    found = read_results(path)
     return {"rows": found["rows"], "training_run": found.get("training_run", found["run"])}
 
 

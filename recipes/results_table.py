@@ -1,4 +1,4 @@
-"""Make the table and the plot of the README from results files.
+"""Make the tables and the plot of the README from results files, of training and of `export_onnx.py --benchmark`.
 
 python recipes/results_table.py recipes/results/*.json --plot recipes/results/glue.png
 """
@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from hf_kd.deploy.benchmark import find_latency, speedup
 from hf_kd.results import ROLES, format_table, main_values, read_results
 
 
@@ -20,11 +21,37 @@ def main() -> None:
     args = parser.parse_args()
     runs = [read_results(path) for path in args.files]
     rows = [row for run in runs for row in run["rows"]]
-    print(format_table(rows))
+    if rows:
+        print(format_table(rows))
+    if any("benchmark" in run for run in runs):
+        print(format_inference([run["benchmark"] for run in runs if "benchmark" in run]))
     for hardware in dict.fromkeys((run["run"]["hardware"], run["run"]["threads_per_process"]) for run in runs):
         print(f"\nHardware: {hardware[0]}, {hardware[1]} thread(s) per process.")
     if args.plot is not None:
         plot(rows, args.plot)
+
+
+def format_inference(benchmarks: list[list[dict[str, Any]]], threads: int = 1) -> str:
+    """One Markdown line per task and variant: metric, size, latency at batch size 1, and from text to label."""
+    lengths = sorted({cell["length"] for rows in benchmarks for row in rows for cell in row["latency"]})
+    lines = [["task", "variant", "metric", "value", "size (MB)"]]
+    lines[0] += [f"p50 / p95 ms, {length} tokens" for length in lengths] + [f"speed-up, {lengths[-1]} tokens"]
+    lines[0] += ["text to label p50 ms", "text to label rows/s"]
+    lines.append(["---"] * len(lines[0]))
+    for rows in benchmarks:
+        for row in rows:
+            metric = row["main_metric"] or {"split": None, "name": ""}
+            value = f"{100 * row['metrics'][metric['split']][metric['name']]:.2f}" if row["metrics"] else ""
+            line = [row["task"] or "", row["variant"], metric["name"], value, f"{row['size_bytes'] / 1e6:.1f}"]
+            for length in lengths:
+                cell = find_latency(row, threads, 1, length)
+                line.append(f"{cell['p50_ms']:.2f} / {cell['p95_ms']:.2f}" if cell else "")
+            ratio = speedup(rows, row["variant"], threads=threads, length=lengths[-1])
+            line.append(f"{ratio:.1f}x" if ratio is not None else "")
+            ends = {cell["batch_size"]: cell for cell in row["end_to_end"] if cell["threads"] == threads}
+            line += [f"{ends[1]['p50_ms']:.2f}", f"{ends[max(ends)]['rows_per_second']:.0f}"] if ends else ["", ""]
+            lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -58,7 +58,8 @@ class OnnxTextClassifier:
             raise ValueError(f"num_threads={num_threads} must be at least 1, or None for all cores.")
         tokenizer_config = tokenizer_config or {}
         self.config = config
-        self.max_length = _max_length(config, tokenizer_config, max_length)
+        num_special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
+        self.max_length = _max_length(config, tokenizer_config, num_special_tokens, max_length)
         self.tokenizer = tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_length, direction=tokenizer_config.get("truncation_side", "right"))
@@ -100,16 +101,18 @@ class OnnxTextClassifier:
         """
         source = str(model_name_or_path)
         if Path(source).is_dir():
-            find = _find_in_folder(Path(source))
+            find: _Find = _find_in_folder(Path(source))
         elif _is_path(source):
             raise ValueError(f"{source} is not a folder; give the output folder of export_onnx, or a Hub id.")
         else:
-            find = _find_on_hub(
+            find = _HubFiles(
                 source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
             )
 
         def find_any(*names: str) -> Path:
             found = next((found for name in names if (found := find(name))), None)
+            if found is None and isinstance(find, _HubFiles) and find.error is not None:
+                raise find.error
             if found is None:
                 raise ValueError(
                     f"{source} holds no {' or '.join(names)}; export the model with "
@@ -255,7 +258,9 @@ def _text_or_pair(item: TextInput) -> str | tuple[str, str]:
     return item
 
 
-def _max_length(config: dict[str, Any], tokenizer_config: dict[str, Any], max_length: int | None) -> int:
+def _max_length(
+    config: dict[str, Any], tokenizer_config: dict[str, Any], num_special_tokens: int, max_length: int | None
+) -> int:
     positions = config.get("max_position_embeddings")
     if positions is not None and "roberta" in config.get("model_type", ""):
         positions -= config.get("pad_token_id", 1) + 1  # RoBERTa counts positions from the one after the padding index
@@ -263,8 +268,8 @@ def _max_length(config: dict[str, Any], tokenizer_config: dict[str, Any], max_le
     limit = int(min(limits, default=512))
     if max_length is None:
         return limit
-    if not 1 <= max_length <= limit:
-        raise ValueError(f"max_length={max_length}; this model takes 1 to {limit} tokens.")
+    if not num_special_tokens < max_length <= limit:
+        raise ValueError(f"max_length={max_length}; this model takes {num_special_tokens + 1} to {limit} tokens.")
     return max_length
 
 
@@ -287,17 +292,26 @@ def _find_in_folder(folder: Path) -> _Find:
     return find
 
 
-def _find_on_hub(repo_id: str, **hub_options: Any) -> _Find:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+class _HubFiles:
+    """Finds files of a repository, and those in the cache alone once the Hub could not be reached."""
 
-    def find(name: str) -> Path | None:
+    def __init__(self, repo_id: str, **options: Any):
+        self.repo_id = repo_id
+        self.options = options
+        self.error: Exception | None = None  # why the Hub could not be reached
+
+    def __call__(self, name: str) -> Path | None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
         try:
-            return Path(hf_hub_download(repo_id, name, **hub_options))
+            return Path(hf_hub_download(self.repo_id, name, **self.options))
+        except LocalEntryNotFoundError as error:
+            self.error = self.error or error
+            self.options["local_files_only"] = True
         except EntryNotFoundError:
-            return None
-
-    return find
+            pass
+        return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from . import INSTALL
 
 try:
     import onnx
+    import onnxruntime  # noqa: F401  (what the modules beside this one import plainly)
 except ImportError as error:
-    raise ImportError(f"{error}. ONNX export needs onnx: {INSTALL}.") from error
+    raise ImportError(f"{error}. ONNX export needs onnx and onnxruntime: {INSTALL}.") from error
 
 Exporter = Callable[[PreTrainedModel, Mapping[str, torch.Tensor], Path, int | None], None]
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +23,7 @@ from .exporters import OPSETS, find_exporter, opset_of
 from .graph import optimize_for_cpu
 from .parity import check_parity, spread_over_lengths
 from .quantization import Int8Settings, QuantizationError, quantize_within
+from .staging import staged
 
 
 logger = logging.get_logger(__name__)
@@ -102,32 +101,36 @@ def export_onnx(
         `OSError`: If the folder cannot be written; nothing of it is left then.
     """
     _check_arguments(quantization, max_metric_drop, task, validation, calibration)
+    data = _Data(task, _texts(validation, task), _labels(validation, task), _texts(calibration, task))
     model_dir, output_dir = Path(model_dir), Path(output_dir)
-    _check_output_dir(output_dir, model_dir)
+    in_place = output_dir.resolve() == model_dir.resolve()
+    if not in_place:
+        _check_output_dir(output_dir)
     backend_name, export = find_exporter(backend)
     _check_opset(opset, backend_name.split()[0])
     model, tokenizer = _load(model_dir)
-    with _staging_folder(output_dir) as staging:
+    if task is not None:
+        task.logit_columns(model.config.id2label)  # an error if it has other classes
+    failure = None
+    with staged(output_dir, folder="onnx", keep_files=in_place) as staging:
         model.config.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         (staging / "onnx").mkdir()
         sample = _sample_inputs(model, tokenizer)
-        arrays = {name: tensor.numpy() for name, tensor in sample.items()}
         export(model, sample, staging / FP32_FILE, opset)
         found_opset = _check_opset(opset, backend_name.split()[0], found=opset_of(staging / FP32_FILE))
+        arrays = {name: tensor.numpy() for name, tensor in sample.items()}
         reason = optimize_for_cpu(staging / FP32_FILE, arrays) if optimize else "optimize=False"
-        classifier = OnnxTextClassifier.from_pretrained(staging, FP32_FILE, max_length=max_length)
-        texts = _texts(validation, task) or list(_TEXTS)
+        fp32 = OnnxTextClassifier.from_pretrained(staging, FP32_FILE, max_length=max_length)
         report: dict[str, Any] = {
             "backend": backend_name,
             "opset": found_opset,
             "graph": "rewritten for CPUs" if reason is None else f"as exported: {reason}",
-            "inputs": classifier.input_names,
-            "parity": check_parity(model, tokenizer, classifier, texts),
+            "inputs": fp32.input_names,
+            "parity": check_parity(model, tokenizer, fp32, data.texts or _TEXTS),
             "quantization": None,
             "cpu": cpu_facts(),
         }
-        failure = None
         if quantization is not None:
             first = Int8Settings(
                 quantization,
@@ -135,16 +138,23 @@ def export_onnx(
                 format=quantization_format if quantization == "static" else "QOperator",
             )
             try:
-                report["quantization"] = _quantize(
-                    classifier, staging, first, task, validation, calibration, max_metric_drop
-                )
+                report["quantization"] = _quantize(staging, fp32, data, first, max_metric_drop)
             except QuantizationError as error:
                 failure, report["quantization"] = error, error.report
         (staging / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        _publish(staging, output_dir, in_place=_is_same(output_dir, model_dir))
     if failure is not None:
         raise failure
     return report
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The caller's rows, checked."""
+
+    task: TextTask | None
+    texts: list[TextInput]
+    labels: np.ndarray
+    calibration_texts: list[TextInput]
 
 
 def _check_arguments(
@@ -178,17 +188,12 @@ def _check_opset(opset: int | None, backend: str, found: int | None = None) -> i
     return found
 
 
-def _is_same(output_dir: Path, model_dir: Path) -> bool:
-    return output_dir.resolve() == model_dir.resolve()
-
-
-def _check_output_dir(output_dir: Path, model_dir: Path) -> None:
+def _check_output_dir(output_dir: Path) -> None:
     """Refuse to mix the export with files of another kind."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir={str(output_dir)!r} is a file; give a folder.")
-    if _is_same(output_dir, model_dir) or not output_dir.exists() or (output_dir / REPORT_FILE).is_file():
-        return
-    if any(output_dir.iterdir()):
+    is_earlier_export = (output_dir / REPORT_FILE).is_file()
+    if output_dir.is_dir() and not is_earlier_export and any(output_dir.iterdir()):
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds other files; give a new folder, an earlier export, or the model's "
             "own folder."
@@ -227,36 +232,48 @@ def _texts(rows: Rows | None, task: TextTask | None) -> list[TextInput]:
     return [tuple(row[column] for column in columns) if len(columns) == 2 else row[columns[0]] for row in rows]
 
 
+def _labels(rows: Rows | None, task: TextTask | None) -> np.ndarray:
+    """The label of each row, `UNLABELED` where there is none."""
+    if rows is None or task is None:
+        return np.empty(0)
+    if "label" not in rows[0]:
+        raise ValueError(f"the validation rows have the columns {list(rows[0])}, but `label` is needed.")
+    labels = np.asarray([row["label"] for row in rows])
+    if not np.issubdtype(labels.dtype, np.number):
+        raise ValueError(f"a validation label is {rows[0]['label']!r}; give class indices, or scores for regression.")
+    known = labels[labels != UNLABELED]
+    if not len(known):
+        raise ValueError("`validation` has no row with a label; give labelled rows, or None.")
+    if not task.is_regression and not 0 <= known.min() <= known.max() < task.num_labels:
+        raise ValueError(
+            f"validation labels go from {known.min()} to {known.max()}, but task {task.name!r} has {task.num_labels} "
+            f"classes: {list(task.label_names or ())}."
+        )
+    return labels
+
+
 def _quantize(
-    fp32: OnnxTextClassifier,
-    folder: Path,
-    first: Int8Settings,
-    task: TextTask | None,
-    validation: Rows | None,
-    calibration: Rows | None,
-    max_metric_drop: float,
+    folder: Path, fp32: OnnxTextClassifier, data: _Data, first: Int8Settings, max_metric_drop: float
 ) -> dict[str, Any]:
-    """Put the task's metric, a few rows and the calibration rows into the terms of [`quantize_within`]."""
-    texts, calibration_texts = _texts(validation, task), _texts(calibration, task)
+    """Put the rows into the terms of [`quantize_within`]: a metric, logits of a few rows, inputs to calibrate on."""
 
-    def logits(file: Path, inputs: Sequence[TextInput]) -> np.ndarray:
+    def logits(file: Path, texts: Sequence[TextInput]) -> np.ndarray:
         name = str(file.relative_to(folder))
-        return OnnxTextClassifier.from_pretrained(folder, name, max_length=fp32.max_length).logits(inputs)
+        return OnnxTextClassifier.from_pretrained(folder, name, max_length=fp32.max_length).logits(texts)
 
-    score = None
-    if task is not None and validation is not None:
-        labels = np.asarray([row["label"] for row in validation])
+    score, task = None, data.task
+    if task is None or not data.texts:
+        logger.warning("the int8 file is written unmeasured; give `validation` rows and their `task`.")
+    else:
         columns, compute_metrics = task.logit_columns(fp32.id2label), compute_metrics_fn(task)
-        labeled = np.flatnonzero(labels != UNLABELED)
-        labeled_texts = [texts[i] for i in labeled]
+        labeled = [index for index, label in enumerate(data.labels) if label != UNLABELED]
 
         def score(file: Path) -> float:
-            predictions = logits(file, labeled_texts)[:, columns]
-            return compute_metrics(EvalPrediction(predictions, labels[labeled]))[task.main_metric]
+            predictions = logits(file, [data.texts[index] for index in labeled])[:, columns]
+            return compute_metrics(EvalPrediction(predictions, data.labels[labeled]))[task.main_metric]
 
-    else:
-        logger.warning("the int8 file is written unmeasured; give `validation` rows and their `task`.")
-    few = _spread(fp32, calibration_texts or texts or _TEXTS, NUM_SENSITIVITY_ROWS)
+    few = _spread(fp32, data.calibration_texts or data.texts or _TEXTS, NUM_SENSITIVITY_ROWS)
+    calibration_texts = _spread(fp32, data.calibration_texts, NUM_CALIBRATION_ROWS)
     return quantize_within(
         folder / FP32_FILE,
         folder / INT8_FILE,
@@ -266,7 +283,7 @@ def _quantize(
         max_metric_drop=max_metric_drop,
         metric_name=task.main_metric if task is not None else None,
         # One row at a time: the activations of padding would widen the ranges.
-        calibration=[fp32.pad(fp32.encode([text])) for text in _spread(fp32, calibration_texts, NUM_CALIBRATION_ROWS)],
+        calibration=[fp32.pad(fp32.encode([text])) for text in calibration_texts],
     )
 
 
@@ -274,36 +291,3 @@ def _spread(classifier: OnnxTextClassifier, texts: Sequence[TextInput], count: i
     """Up to `count` texts from the shortest to the longest."""
     lengths = [len(encoding.ids) for encoding in classifier.encode(texts)]
     return [texts[i] for i in spread_over_lengths(lengths, count)]
-
-
-@contextlib.contextmanager
-def _staging_folder(output_dir: Path) -> Iterator[Path]:
-    """A folder beside the output, on the same disk; gone afterwards, whatever happened."""
-    staging = output_dir.resolve().parent / f".{output_dir.resolve().name}-{uuid.uuid4().hex[:8]}"
-    try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{error.strerror}; choose an output_dir that can be written", str(output_dir)
-        ) from error
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _publish(staging: Path, output_dir: Path, in_place: bool) -> None:
-    """Move the finished files to where they belong; only renames, which need no space."""
-    if not output_dir.exists() or not any(output_dir.iterdir()):
-        if output_dir.exists():
-            output_dir.rmdir()
-        staging.rename(output_dir)
-        return
-    old = staging / "old"
-    if (output_dir / "onnx").exists():
-        (output_dir / "onnx").rename(old)
-    (staging / "onnx").rename(output_dir / "onnx")
-    for file in staging.iterdir():
-        # A checkpoint's own config and tokenizer stay as they are.
-        if file.is_file() and not (in_place and (output_dir / file.name).exists()):
-            file.replace(output_dir / file.name)

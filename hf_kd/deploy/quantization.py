@@ -86,8 +86,8 @@ def quantize(
         "per_channel": settings.per_channel,
         "reduce_range": settings.reduce_range,
         "weight_type": QuantType.QInt8,
-        "nodes_to_quantize": list(only) if only is not None else None,
-        "nodes_to_exclude": list(settings.nodes_in_fp32),
+        "nodes_to_quantize": _with_split_gemms(only) if only is not None else None,
+        "nodes_to_exclude": _with_split_gemms(settings.nodes_in_fp32),
     }
     options = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
     with _without_advice():
@@ -139,7 +139,7 @@ def quantize_within(
     """
     if score is None:
         quantize(model_file, output_file, first, calibration)
-        return {**asdict(first), "metric": None, "attempts": []}
+        return {**_as_json(first), "metric": None, "attempts": []}
     reference = score(model_file)
     attempts: list[dict[str, Any]] = []
     for settings in _more_and_more_careful(model_file, first, logits, calibration):
@@ -155,15 +155,19 @@ def quantize_within(
                 "drop": drop,
                 "max_drop": max_metric_drop,
             }
-            return {**asdict(settings), "metric": metric, "attempts": attempts}
+            return {**_as_json(settings), "metric": metric, "attempts": attempts}
     output_file.unlink(missing_ok=True)
     tried = "; ".join(f"{attempt['settings']}: {attempt['metric']:.4f}" for attempt in attempts)
     hint = "" if calibration else " Static ranges were not tried; give `calibration` rows."
     raise QuantizationError(
         f"no int8 file keeps {metric_name} within {max_metric_drop:g} of float32's {reference:.4f}: {tried}. The "
         f"float32 file is kept. Allow a larger `max_metric_drop`, or use the float32 file.{hint}",
-        {**asdict(first), "metric": None, "attempts": attempts, "failed": True},
+        {**_as_json(first), "metric": None, "attempts": attempts, "failed": True},
     )
+
+
+def _as_json(settings: Int8Settings) -> dict[str, Any]:
+    return {**asdict(settings), "nodes_in_fp32": list(settings.nodes_in_fp32)}
 
 
 def quantizable_nodes(model_file: Path) -> list[str]:
@@ -205,6 +209,11 @@ def _by_sensitivity(
             quantize(model_file, file, settings, calibration, only=[name])
             errors[name] = float(np.square(logits(file) - expected).mean())
     return sorted(errors, key=lambda name: -errors[name])
+
+
+def _with_split_gemms(names: Sequence[str]) -> list[str]:
+    """Dynamic quantisation first makes a MatMul, with a name of its own, and an Add of each Gemm."""
+    return [*names, *(f"{name}_MatMul" for name in names)]
 
 
 @contextlib.contextmanager

@@ -169,7 +169,7 @@ def plot_pareto(rows: Sequence[Row], path: str | os.PathLike) -> Any:
     axes.set_ylabel(f"{main_metric['split']} {main_metric['name']} (points of 100)")
     place = f"{rows[0].get('task') or 'model'} on {rows[0].get('cpu') or 'this CPU'}"
     axes.set_title(f"{place}, {threads} thread{'s' if threads > 1 else ''}\n", loc="left")
-    note = "Area: size on disk. Dashed line: Pareto front; no variant is both faster and better."
+    note = "Area: size on disk. Dashed: the Pareto front; no variant beats those on it in both."
     axes.text(0, 1.02, note, fontsize=8, color="0.3", transform=axes.transAxes)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", zorder=0)
