@@ -500,6 +500,14 @@ class GlueMetric(evaluate.Metric):
         return scores
 
 
+def score_logits(
+    task: TextTask, logits: np.ndarray, labels: Sequence[float] | np.ndarray, id2label: Mapping[int, str]
+) -> dict[str, float]:
+    """Metrics of a model's logits `(rows, classes)`, whose classes `id2label` names in its own order."""
+    predictions = logits[:, task.logit_columns(id2label)]
+    return compute_metrics_fn(task)(EvalPrediction(predictions=predictions, label_ids=np.asarray(labels)))
+
+
 def compute_metrics_fn(task: TextTask) -> Callable[[EvalPrediction], dict[str, float]]:
     """The `compute_metrics` of a `Trainer` for this task; of a tuple of model outputs the first is the logits."""
     metric = GlueMetric(task)

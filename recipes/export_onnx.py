@@ -18,7 +18,8 @@ from glue_setup import DataArguments, load_data, measured_splits
 from hf_kd.command_line import parse_args
 from hf_kd.deploy.benchmark import benchmark, default_variants
 from hf_kd.deploy.onnx import export_onnx
-from hf_kd.deploy.report import format_benchmark, write_report
+from hf_kd.deploy.quantization import QuantizationError
+from hf_kd.deploy.report import format_benchmark, require_matplotlib, write_report
 from hf_kd.glue import TextTask
 from hf_kd.results import read_results, write_results
 
@@ -38,9 +39,16 @@ class ExportArguments:
         default=0.005, metadata={"help": "How far int8 may fall below float32 on the validation set, 0 or more."}
     )
     opset: int | None = field(default=None, metadata={"help": "Version of the ONNX operators."})
+    optimize: bool = field(default=True, metadata={"help": "Rewrite the graph for CPUs."})
     benchmark: bool = field(default=False, metadata={"help": "Measure torch and ONNX Runtime, and write a report."})
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The teacher, for --benchmark: ratios are against it."}
+    )
+    benchmark_lengths: list[int] = field(
+        default_factory=lambda: [16, 64, 128], metadata={"help": "Lengths in tokens to measure."}
+    )
+    benchmark_threads: list[int] | None = field(
+        default=None, metadata={"help": "Thread counts to measure. Default: one, and all cores."}
     )
     benchmark_rounds: int = field(default=2, metadata={"help": "Processes of each variant, in turns, at least 1."})
     benchmark_seconds: float = field(default=0.5, metadata={"help": "Seconds per measured cell and process, > 0."})
@@ -48,6 +56,12 @@ class ExportArguments:
     def __post_init__(self) -> None:
         if self.teacher_model_name_or_path is not None and not self.benchmark:
             raise ValueError("--teacher_model_name_or_path is for the comparison; add --benchmark.")
+        if self.benchmark:
+            require_matplotlib()
+            for name in ("model_dir", "teacher_model_name_or_path"):
+                path = getattr(self, name)
+                if path is not None and not Path(path).is_dir():
+                    raise ValueError(f"--benchmark measures local folders, but {name}={path!r} is none; download it.")
 
 
 def main() -> None:
@@ -59,18 +73,22 @@ def main() -> None:
 def export_and_measure(
     export_args: ExportArguments, data_args: DataArguments, data: DatasetDict, task: TextTask
 ) -> None:
-    """Export, add what was found to the folder's results.json, and with `--benchmark` write the report."""
-    sections: dict[str, Any] = {"export": export(export_args, data_args, data, task)}
-    print_export(sections["export"])
+    """Export, write what was found to the folder's results.json, and with `--benchmark` the report."""
     results_file = Path(export_args.output_dir) / "results.json"
-    if export_args.benchmark:
-        sections["benchmark"] = measure(export_args, data_args, data, task)
-    write_results(
-        results_file, **training_results(results_file, Path(export_args.model_dir) / "results.json"), **sections
-    )
-    if export_args.benchmark:
-        print(format_benchmark(sections["benchmark"]))
-        print(f"The report is {write_report(results_file)}.")
+    training = training_results(Path(export_args.model_dir) / "results.json")
+    try:
+        report = export(export_args, data_args, data, task)
+    except QuantizationError as error:
+        write_results(results_file, **training, export={"quantization": error.report})
+        raise
+    print_export(report)
+    if not export_args.benchmark:
+        write_results(results_file, **training, export=report)
+        return
+    rows = measure(export_args, data_args, data, task)
+    write_results(results_file, **training, export=report, benchmark=rows)
+    print(format_benchmark(rows))
+    print(f"The report is {write_report(results_file)}.")
 
 
 def export(args: ExportArguments, data_args: DataArguments, data: DatasetDict, task: TextTask) -> dict[str, Any]:
@@ -86,6 +104,7 @@ def export(args: ExportArguments, data_args: DataArguments, data: DatasetDict, t
         max_metric_drop=args.max_metric_drop,
         quantization_format=args.quantization_format,
         opset=args.opset,
+        optimize=args.optimize,
         max_length=data_args.max_seq_length,
     )
 
@@ -103,17 +122,19 @@ def measure(
         rows["label"][:],
         task,
         split=split,
+        lengths=args.benchmark_lengths,
+        threads=args.benchmark_threads,
         max_length=data_args.max_seq_length,
         rounds=args.benchmark_rounds,
         seconds=args.benchmark_seconds,
     )
 
 
-def training_results(*paths: Path) -> dict[str, Any]:
-    """What training wrote into the same folder or beside the model: its rows, and its own command and commit."""
-    found = next((read_results(path) for path in paths if path.is_file()), None)
-    if found is None or not found["rows"]:
+def training_results(path: Path) -> dict[str, Any]:
+    """What training wrote beside the model: its rows, and its own command and commit."""
+    if not path.is_file():
         return {"rows": []}
+    found = read_results(path)
     return {"rows": found["rows"], "training_run": found.get("training_run", found["run"])}
 
 

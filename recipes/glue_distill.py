@@ -168,9 +168,10 @@ def main() -> None:
     if student_trainer.is_world_process_zero():
         write_results(Path(args.output_dir) / "results.json", rows)
         print(format_table(rows))
-        if model_args.export_onnx:
-            export_student(args.output_dir, data_args, texts, task)
+    is_main_process = student_trainer.is_world_process_zero()
     student_trainer.accelerator.end_training()
+    if model_args.export_onnx and is_main_process:  # the others are done
+        export_student(args.output_dir, data_args, texts, task)
 
 
 def check_export_is_installed() -> None:
@@ -184,7 +185,12 @@ def export_student(folder: str, data_args: DataArguments, data: DatasetDict, tas
     """ONNX files beside the student's checkpoint, with the defaults of `export_onnx.py`."""
     from export_onnx import ExportArguments, export_and_measure
 
-    export_and_measure(ExportArguments(model_dir=folder, output_dir=folder), data_args, data, task)
+    from hf_kd.deploy.quantization import QuantizationError
+
+    try:
+        export_and_measure(ExportArguments(model_dir=folder, output_dir=folder), data_args, data, task)
+    except QuantizationError as error:
+        logger.warning(f"The student is trained and saved, and exported in float32 alone: {error}")
 
 
 def load_task_teacher(model_args: ModelArguments, task: TextTask) -> PreTrainedModel:

@@ -23,26 +23,34 @@ def main() -> None:
     rows = [row for run in runs for row in run["rows"]]
     if rows:
         print(format_table(rows))
-    if any("benchmark" in run for run in runs):
-        print(format_inference([run["benchmark"] for run in runs if "benchmark" in run]))
+    measured = [run for run in runs if "benchmark" in run]
+    if measured:
+        print(format_inference(measured))
     for hardware in dict.fromkeys((run["run"]["hardware"], run["run"]["threads_per_process"]) for run in runs):
         print(f"\nHardware: {hardware[0]}, {hardware[1]} thread(s) per process.")
     if args.plot is not None:
         plot(rows, args.plot)
 
 
-def format_inference(benchmarks: list[list[dict[str, Any]]], threads: int = 1) -> str:
+def format_inference(runs: list[dict[str, Any]], threads: int = 1) -> str:
     """One Markdown line per task and variant: metric, size, latency at batch size 1, and from text to label."""
-    lengths = sorted({cell["length"] for rows in benchmarks for row in rows for cell in row["latency"]})
+    lengths = sorted({cell["length"] for run in runs for row in run["benchmark"] for cell in row["latency"]})
     lines = [["task", "variant", "metric", "value", "size (MB)"]]
     lines[0] += [f"p50 / p95 ms, {length} tokens" for length in lengths] + [f"speed-up, {lengths[-1]} tokens"]
     lines[0] += ["text to label p50 ms", "text to label rows/s"]
     lines.append(["---"] * len(lines[0]))
-    for rows in benchmarks:
+    for run in runs:
+        rows = run["benchmark"]
         for row in rows:
             metric = row["main_metric"] or {"split": None, "name": ""}
             value = f"{100 * row['metrics'][metric['split']][metric['name']]:.2f}" if row["metrics"] else ""
-            line = [row["task"] or "", row["variant"], metric["name"], value, f"{row['size_bytes'] / 1e6:.1f}"]
+            line = [
+                row["task"] or f"none, {run.get('weights')} weights",
+                row["variant"],
+                metric["name"],
+                value,
+                f"{row['size_bytes'] / 1e6:.1f}",
+            ]
             for length in lengths:
                 cell = find_latency(row, threads, 1, length)
                 line.append(f"{cell['p50_ms']:.2f} / {cell['p95_ms']:.2f}" if cell else "")

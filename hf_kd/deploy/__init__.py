@@ -13,6 +13,9 @@ __all__ = ["OnnxTextClassifier", "export_onnx"]
 # For errors: what brings onnx and onnxruntime along.
 INSTALL = "pip install 'hf-kd[optimum]' (with transformers 4.57) or pip install 'hf-kd[onnx]' (with transformers 5)"
 
+# Where they are in an exported folder, as transformers.js expects them.
+FP32_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
+
 _MODULES = {"OnnxTextClassifier": "classifier", "export_onnx": "onnx"}
 
 

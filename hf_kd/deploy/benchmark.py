@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..cpu import available_cores, computes_in_bf16, cpu_facts
-from .classifier import TWO_LABELS
+from . import FP32_FILE, INT8_FILE
+from .classifier import TWO_LABELS, length_limit, text_or_pair
 
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)  # that of transformers would import torch
 
 PRECISIONS = {"torch": ("fp32", "bf16"), "onnxruntime": ("fp32", "int8")}
-ONNX_FILES = {"fp32": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
+ONNX_FILES = {"fp32": FP32_FILE, "int8": INT8_FILE}
 MIN_CPU_SHARE = 0.9  # below it the machine was busy with something else
 
 
@@ -159,7 +160,7 @@ def benchmark(
         "batch_sizes": list(batch_sizes),
         "max_length": max_length,
         "seconds": seconds,
-        "texts": None if texts is None else [_as_text_or_pair(text) for text in texts],
+        "texts": None if texts is None else [text_or_pair(text) for text in texts],
     }
     workers: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
     metrics = {}
@@ -174,7 +175,7 @@ def benchmark(
             else:
                 spec["logits_file"] = str(logits_file)
                 workers[variant.name].append(_run_worker(spec, Path(folder)))
-                metrics[variant.name] = {split: _compute_metrics(variant, task, np.load(logits_file), labels)}
+                metrics[variant.name] = {split: _score(variant, task, np.load(logits_file), labels)}
     main_metric = None if task is None else {"split": split, "name": task.main_metric}
     rows = [
         {
@@ -264,19 +265,17 @@ def _check_variants(variants: Sequence[Variant], longest: int) -> None:
                 f"{' or '.join(PRECISIONS[variant.runtime])}."
             )
         weights = variant.weight_files() or [Path(variant.path, "model.safetensors")]
-        has_vocabulary = variant.runtime == "torch" and any(Path(variant.path).glob("vocab.*"))
-        tokenizer = [] if has_vocabulary else [Path(variant.path, "tokenizer.json")]
-        for file in (Path(variant.path, "config.json"), *tokenizer, *weights):
+        for file in (Path(variant.path, "config.json"), Path(variant.path, "tokenizer.json"), *weights):
             if not file.is_file():
                 raise ValueError(
                     f"{variant.name}: {file} is missing; save model and tokenizer with `save_pretrained`, and the "
                     "ONNX files beside them with `export_onnx`."
                 )
-        positions = _read_config(variant.path).get("max_position_embeddings")
-        if positions is not None and longest > positions:
+        limit = length_limit(_read_json(variant, "config.json"), _read_json(variant, "tokenizer_config.json"))
+        if longest > limit:
             raise ValueError(
-                f"{variant.name} has {positions} positions, but inputs of {longest} tokens are asked for; lower "
-                "`lengths` and `max_length`."
+                f"{variant.name} takes up to {limit} tokens, but inputs of {longest} are asked for; lower `lengths` "
+                "and `max_length`."
             )
 
 
@@ -301,34 +300,20 @@ def _check_task(
     if UNLABELED in list(labels):
         raise ValueError(f"a label is {UNLABELED}, which marks a row without one; give labelled rows alone.")
     for variant in variants:
-        _label_columns(variant, task)
+        try:
+            task.logit_columns(_id2label(variant))
+        except ValueError as error:
+            raise ValueError(f"{variant.name}: {error}") from error
 
 
-def _label_columns(variant: Variant, task: TextTask) -> list[int]:
-    id2label = _read_config(variant.path).get("id2label", TWO_LABELS)
-    try:
-        return task.logit_columns({int(index): name for index, name in id2label.items()})
-    except ValueError as error:
-        raise ValueError(f"{variant.name}: {error}") from error
+def _id2label(variant: Variant) -> dict[int, str]:
+    id2label = _read_json(variant, "config.json").get("id2label", TWO_LABELS)
+    return {int(index): name for index, name in id2label.items()}
 
 
-def _as_text_or_pair(text: TextInput) -> str | tuple[str, ...]:
-    """The pipeline's dictionaries as what a tokenizer takes."""
-    parts: Any = (
-        tuple(part for part in (text.get("text"), text.get("text_pair")) if part) if isinstance(text, dict) else text
-    )
-    parts = (parts,) if isinstance(parts, str) else parts
-    if (
-        not isinstance(parts, tuple | list)
-        or len(parts) not in (1, 2)
-        or not all(isinstance(part, str) for part in parts)
-    ):
-        raise ValueError(f"a text is {text!r:.80}, but a text or a pair of texts is needed, such as ('a', 'b').")
-    return parts[0] if len(parts) == 1 else tuple(parts)
-
-
-def _read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    return json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+def _read_json(variant: Variant, name: str) -> dict[str, Any]:
+    path = Path(variant.path, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 # The processes and what becomes of their figures
@@ -359,15 +344,10 @@ def _run_worker(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     return json.loads(result_file.read_text(encoding="utf-8"))
 
 
-def _compute_metrics(
-    variant: Variant, task: TextTask, logits: np.ndarray, labels: Sequence[float]
-) -> dict[str, float]:
-    from transformers import EvalPrediction
+def _score(variant: Variant, task: TextTask, logits: np.ndarray, labels: Sequence[float]) -> dict[str, float]:
+    from ..glue import score_logits
 
-    from ..glue import compute_metrics_fn
-
-    predictions = logits[:, _label_columns(variant, task)]
-    return compute_metrics_fn(task)(EvalPrediction(predictions=predictions, label_ids=np.asarray(labels)))
+    return score_logits(task, logits, labels, _id2label(variant))
 
 
 def _over_rounds(tables: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:

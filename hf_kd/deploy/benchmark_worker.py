@@ -26,7 +26,7 @@ import numpy as np
 from .classifier import OnnxTextClassifier
 
 
-_MIN_CALLS = 10  # of each latency, however slow: fewer have no 95th percentile
+_MIN_CALLS = 10  # of each latency, however slow
 _SINGLE_TEXTS = 200  # classified one by one
 _BATCHED_TEXTS = 1024  # classified in batches
 _BATCH_SIZE = 32  # of those batches

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from ..cpu import available_cores
-from . import INSTALL
+from . import FP32_FILE, INSTALL, INT8_FILE
 
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # A text, a pair of texts, or the pipeline's way to write either.
 TextInput = str | tuple[str, str] | dict[str, str]
 # What export_onnx writes first, then the flat layout of other exporters; int8 before float32.
-_FILE_NAMES = ("onnx/model_quantized.onnx", "onnx/model.onnx", "model_quantized.onnx", "model.onnx")
+_FILE_NAMES = (INT8_FILE, FP32_FILE, "model_quantized.onnx", "model.onnx")
 # What transformers leaves out of config.json, because it is the default.
 TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 _Find = Callable[[str], Path | None]  # a file's name in a folder or repository -> where it is, if it is there
@@ -58,8 +58,10 @@ class OnnxTextClassifier:
             raise ValueError(f"num_threads={num_threads} must be at least 1, or None for all cores.")
         tokenizer_config = tokenizer_config or {}
         self.config = config
-        num_special_tokens = tokenizer.num_special_tokens_to_add(is_pair=False)
-        self.max_length = _max_length(config, tokenizer_config, num_special_tokens, max_length)
+        lowest, limit = tokenizer.num_special_tokens_to_add(is_pair=False) + 1, length_limit(config, tokenizer_config)
+        if max_length is not None and not lowest <= max_length <= limit:
+            raise ValueError(f"max_length={max_length}; this model takes {lowest} to {limit} tokens.")
+        self.max_length = max_length or limit
         self.tokenizer = tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_length, direction=tokenizer_config.get("truncation_side", "right"))
@@ -112,7 +114,9 @@ class OnnxTextClassifier:
         def find_any(*names: str) -> Path:
             found = next((found for name in names if (found := find(name))), None)
             if found is None and isinstance(find, _HubFiles) and find.error is not None:
-                raise find.error
+                raise ConnectionError(
+                    f"{source} is no folder here, and the Hub could not be asked for it: {find.error}"
+                ) from find.error
             if found is None:
                 raise ValueError(
                     f"{source} holds no {' or '.join(names)}; export the model with "
@@ -189,7 +193,7 @@ class OnnxTextClassifier:
 
     def encode(self, inputs: Sequence[TextInput]) -> list[Encoding]:
         """Tokens of each input, truncated and not padded."""
-        return self.tokenizer.encode_batch([_text_or_pair(item) for item in inputs])
+        return self.tokenizer.encode_batch([text_or_pair(item) for item in inputs])
 
     def pad(self, encodings: Sequence[Encoding]) -> dict[str, np.ndarray]:
         """The model's inputs, int64 of shape `(batch, longest row)`."""
@@ -245,7 +249,7 @@ class OnnxTextClassifier:
         raise ValueError(f"function_to_apply={function!r} must be softmax, sigmoid or none.")
 
 
-def _text_or_pair(item: TextInput) -> str | tuple[str, str]:
+def text_or_pair(item: TextInput) -> str | tuple[str, str]:
     if isinstance(item, dict):
         if not {"text"} <= item.keys() <= {"text", "text_pair"}:
             raise ValueError(f"an input has the keys {sorted(item)}; give `text`, and `text_pair` for a pair.")
@@ -258,19 +262,13 @@ def _text_or_pair(item: TextInput) -> str | tuple[str, str]:
     return item
 
 
-def _max_length(
-    config: dict[str, Any], tokenizer_config: dict[str, Any], num_special_tokens: int, max_length: int | None
-) -> int:
+def length_limit(config: dict[str, Any], tokenizer_config: dict[str, Any]) -> int:
+    """Longest input in tokens that position embeddings and tokenizer allow; 512 where neither says."""
     positions = config.get("max_position_embeddings")
     if positions is not None and "roberta" in config.get("model_type", ""):
         positions -= config.get("pad_token_id", 1) + 1  # RoBERTa counts positions from the one after the padding index
     limits = [limit for limit in (positions, tokenizer_config.get("model_max_length")) if limit is not None]
-    limit = int(min(limits, default=512))
-    if max_length is None:
-        return limit
-    if not num_special_tokens < max_length <= limit:
-        raise ValueError(f"max_length={max_length}; this model takes {num_special_tokens + 1} to {limit} tokens.")
-    return max_length
+    return min((int(limit) for limit in limits if limit < 1e6), default=512)  # 1e30 is how "no limit" is written
 
 
 def _pad_token_id(tokenizer: Tokenizer, tokenizer_config: dict[str, Any], config: dict[str, Any]) -> int:

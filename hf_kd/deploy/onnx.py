@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checkpoint import has_tokenizer, load_finetuned
 from ..cpu import cpu_facts, needs_reduced_range
-from ..glue import UNLABELED, TextTask, compute_metrics_fn
+from ..glue import UNLABELED, TextTask, score_logits
 from ..signals.capture import columns_for, forward_columns
-from .classifier import OnnxTextClassifier, TextInput
+from . import FP32_FILE, INT8_FILE
+from .classifier import OnnxTextClassifier, TextInput, length_limit
 from .exporters import OPSETS, find_exporter, opset_of
 from .graph import optimize_for_cpu
 from .parity import check_parity, spread_over_lengths
@@ -30,8 +32,8 @@ logger = logging.get_logger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]  # a `datasets.Dataset`, or a list of dictionaries
 
-FP32_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
 REPORT_FILE = "onnx/export_report.json"
+MAX_CALIBRATION_ROWS = 4096  # are read and tokenized, for NUM_CALIBRATION_ROWS of different lengths
 NUM_CALIBRATION_ROWS = 256
 NUM_SENSITIVITY_ROWS = 64
 
@@ -52,8 +54,8 @@ def export_onnx(
     quantization: Literal["dynamic", "static"] | None = "dynamic",
     *,
     task: TextTask | None = None,
-    validation: Sequence[Mapping[str, Any]] | None = None,
-    calibration: Sequence[Mapping[str, Any]] | None = None,
+    validation: Rows | None = None,
+    calibration: Rows | None = None,
     max_metric_drop: float = 0.005,
     quantization_format: Literal["QDQ", "QOperator"] = "QDQ",
     opset: int | None = None,
@@ -101,32 +103,40 @@ def export_onnx(
         `OSError`: If the folder cannot be written; nothing of it is left then.
     """
     _check_arguments(quantization, max_metric_drop, task, validation, calibration)
-    data = _Data(task, _texts(validation, task), _labels(validation, task), _texts(calibration, task))
+    calibration_texts = _texts(calibration, task, MAX_CALIBRATION_ROWS)
+    data = _Data(task, _texts(validation, task), _labels(validation, task), calibration_texts)
     model_dir, output_dir = Path(model_dir), Path(output_dir)
     in_place = output_dir.resolve() == model_dir.resolve()
-    if not in_place:
-        _check_output_dir(output_dir)
+    _check_output_dir(output_dir, in_place)
     backend_name, export = find_exporter(backend)
     _check_opset(opset, backend_name.split()[0])
     model, tokenizer = _load(model_dir)
+    limit = length_limit(model.config.to_dict(), {"model_max_length": tokenizer.model_max_length})
+    if max_length is not None and max_length > limit:
+        raise ValueError(f"max_length={max_length}; this model takes up to {limit} tokens.")
     if task is not None:
         task.logit_columns(model.config.id2label)  # an error if it has other classes
     failure = None
-    with staged(output_dir, folder="onnx", keep_files=in_place) as staging:
+    with staged(output_dir) as staging:
         model.config.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        if in_place:  # what is compared has to be what stays
+            for file in staging.iterdir():
+                if (model_dir / file.name).is_file():
+                    shutil.copy(model_dir / file.name, file)
         (staging / "onnx").mkdir()
         sample = _sample_inputs(model, tokenizer)
         export(model, sample, staging / FP32_FILE, opset)
         found_opset = _check_opset(opset, backend_name.split()[0], found=opset_of(staging / FP32_FILE))
         arrays = {name: tensor.numpy() for name, tensor in sample.items()}
-        reason = optimize_for_cpu(staging / FP32_FILE, arrays) if optimize else "optimize=False"
+        reason = optimize_for_cpu(staging / FP32_FILE, arrays, limit) if optimize else "optimize=False"
         fp32 = OnnxTextClassifier.from_pretrained(staging, FP32_FILE, max_length=max_length)
         report: dict[str, Any] = {
             "backend": backend_name,
             "opset": found_opset,
             "graph": "rewritten for CPUs" if reason is None else f"as exported: {reason}",
             "inputs": fp32.input_names,
+            "max_length": fp32.max_length,
             "parity": check_parity(model, tokenizer, fp32, data.texts or _TEXTS),
             "quantization": None,
             "cpu": cpu_facts(),
@@ -158,7 +168,11 @@ class _Data:
 
 
 def _check_arguments(
-    quantization: str | None, max_metric_drop: float, task: Any, validation: Rows | None, calibration: Rows | None
+    quantization: str | None,
+    max_metric_drop: float,
+    task: TextTask | None,
+    validation: Rows | None,
+    calibration: Rows | None,
 ) -> None:
     if quantization not in ("dynamic", "static", None):
         raise ValueError(f"quantization={quantization!r} must be 'dynamic', 'static' or None.")
@@ -188,12 +202,19 @@ def _check_opset(opset: int | None, backend: str, found: int | None = None) -> i
     return found
 
 
-def _check_output_dir(output_dir: Path) -> None:
-    """Refuse to mix the export with files of another kind."""
+def _check_output_dir(output_dir: Path, in_place: bool) -> None:
+    """Refuse to replace files of another kind, or of another model."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir={str(output_dir)!r} is a file; give a folder.")
     is_earlier_export = (output_dir / REPORT_FILE).is_file()
-    if output_dir.is_dir() and not is_earlier_export and any(output_dir.iterdir()):
+    if in_place and (output_dir / "onnx").exists() and not is_earlier_export:
+        raise ValueError(
+            f"{str(output_dir / 'onnx')!r} holds files of another export; move them away, or give another output_dir."
+        )
+    holds_a_model = any(output_dir.glob("*.safetensors")) or any(output_dir.glob("*.bin"))
+    if in_place or not output_dir.is_dir() or (is_earlier_export and not holds_a_model):
+        return
+    if any(output_dir.iterdir()):
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds other files; give a new folder, an earlier export, or the model's "
             "own folder."
@@ -222,14 +243,17 @@ def _sample_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return columns_for(forward_columns(model), inputs)
 
 
-def _texts(rows: Rows | None, task: TextTask | None) -> list[TextInput]:
+def _texts(rows: Rows | None, task: TextTask | None, limit: int | None = None) -> list[TextInput]:
+    """The text or pair of each row; with a limit, of about so many from all over the rows."""
     if rows is None or task is None:
         return []
     first = rows[0]
     if missing := [column for column in task.text_columns if column not in first]:
         raise ValueError(f"the rows have the columns {list(first)}, but {missing} of task {task.name!r} are needed.")
     columns = task.text_columns
-    return [tuple(row[column] for column in columns) if len(columns) == 2 else row[columns[0]] for row in rows]
+    step = max(1, len(rows) // limit) if limit is not None else 1
+    chosen = (rows[index] for index in range(0, len(rows), step))
+    return [tuple(row[column] for column in columns) if len(columns) == 2 else row[columns[0]] for row in chosen]
 
 
 def _labels(rows: Rows | None, task: TextTask | None) -> np.ndarray:
@@ -265,12 +289,11 @@ def _quantize(
     if task is None or not data.texts:
         logger.warning("the int8 file is written unmeasured; give `validation` rows and their `task`.")
     else:
-        columns, compute_metrics = task.logit_columns(fp32.id2label), compute_metrics_fn(task)
         labeled = [index for index, label in enumerate(data.labels) if label != UNLABELED]
 
         def score(file: Path) -> float:
-            predictions = logits(file, [data.texts[index] for index in labeled])[:, columns]
-            return compute_metrics(EvalPrediction(predictions, data.labels[labeled]))[task.main_metric]
+            found = logits(file, [data.texts[index] for index in labeled])
+            return score_logits(task, found, data.labels[labeled], fp32.id2label)[task.main_metric]
 
     few = _spread(fp32, data.calibration_texts or data.texts or _TEXTS, NUM_SENSITIVITY_ROWS)
     calibration_texts = _spread(fp32, data.calibration_texts, NUM_CALIBRATION_ROWS)
@@ -288,6 +311,7 @@ def _quantize(
 
 
 def _spread(classifier: OnnxTextClassifier, texts: Sequence[TextInput], count: int) -> list[TextInput]:
-    """Up to `count` texts from the shortest to the longest."""
+    """Up to `count` texts from the shortest to the longest, of some thousand from all over."""
+    texts = texts[:: max(1, len(texts) // MAX_CALIBRATION_ROWS)]
     lengths = [len(encoding.ids) for encoding in classifier.encode(texts)]
     return [texts[i] for i in spread_over_lengths(lengths, count)]

@@ -50,7 +50,7 @@ def check_parity(
     for rows in batches:
         inputs = classifier.pad(classifier.encode([texts[i] for i in rows]))
         batch_size, length = inputs["input_ids"].shape
-        where = f"rows {rows} of the validation data, as a batch of {batch_size} x {length} tokens"
+        where = f"texts {rows}, as a batch of {batch_size} x {length} tokens"
         expected_inputs = _tokenize(tokenizer, [texts[i] for i in rows], classifier.max_length)
         if not np.array_equal(inputs["input_ids"], expected_inputs["input_ids"].numpy()):
             raise ParityError(f"{where}: tokenizer.json gives other token ids than the model's own tokenizer.")
@@ -65,8 +65,8 @@ def check_parity(
             row = int(np.abs(found - expected).max(axis=-1).argmax())
             raise ParityError(
                 f"{where}: row {rows[row]} has the logits {expected[row].tolist()} in torch and {found[row].tolist()} "
-                f"in ONNX Runtime; they differ by {difference:.2g}, and {tolerance:g} is allowed. Try the other "
-                "backend or opset."
+                f"in ONNX Runtime; they differ by {difference:.2g}, and {tolerance:g} is allowed. Try "
+                "optimize=False, the other backend, or another opset."
             )
         if not np.array_equal(found.argmax(axis=-1), expected.argmax(axis=-1)):
             raise ParityError(f"{where}: torch and ONNX Runtime predict different classes.")

@@ -115,6 +115,14 @@ def format_benchmark(rows: Sequence[Row], threads: int = 1) -> str:
     )
 
 
+def require_matplotlib() -> None:
+    """Raise the `ImportError` that says how to install it, before anything is measured for a picture."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("the picture needs matplotlib: pip install 'hf-kd[report]'") from error
+
+
 def plot_pareto(rows: Sequence[Row], path: str | os.PathLike) -> Any:
     """
     Draw metric over latency (p50, smallest batch, longest input, fewest threads), with the size on disk as the area.
@@ -130,10 +138,8 @@ def plot_pareto(rows: Sequence[Row], path: str | os.PathLike) -> Any:
         ValueError: If no row has a metric.
         ImportError: If matplotlib is missing.
     """
-    try:
-        from matplotlib import ticker
-    except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install 'hf-kd[report]'") from error
+    require_matplotlib()
+    from matplotlib import ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -269,6 +275,8 @@ def _format_report(results: dict[str, Any], picture: str | None) -> str:
         sections += ["## Quality", format_table(rows)]
     if benchmark:
         sections += ["## Speed, size and quality on the CPU"]
+        if results.get("weights"):
+            sections.append(f"The weights are {results['weights']}: the figures say nothing about quality.")
         if picture is not None:
             sections.append(f"![Main metric over latency, with the size on disk as the area]({picture})")
         counts = sorted({cell["threads"] for row in benchmark for cell in row["latency"]})
@@ -278,6 +286,8 @@ def _format_report(results: dict[str, Any], picture: str | None) -> str:
         sections += ["## ONNX export", *_describe_export(export)]
     if results.get("run"):
         sections += ["## The run", _describe_run(results["run"])]
+    if results.get("training_run"):
+        sections += ["## The training", _describe_run(results["training_run"])]
     return "\n\n".join(sections) + "\n"
 
 
@@ -293,7 +303,8 @@ def _describe_benchmark(rows: Sequence[Row]) -> str:
     )
     return (
         f"Measured on {rows[0].get('cpu') or 'a CPU that was not noted'}, each variant in a process of its own, whose "
-        "peak of memory is given. Latency and throughput are those of the model alone, on rows without padding. From "
+        "peak of memory is given (median over thread counts). Latency and throughput are those of the model alone, on "
+        "rows without padding. From "
         f"text to label includes the tokenizer, on texts of the task{tokens}: p50 one by one, rows/s in batches "
         "sorted by length. Speed-up is over the teacher. MB are 10^6 bytes." + busy
     )
@@ -340,7 +351,6 @@ def _describe_int8(int8: dict[str, Any]) -> list[str]:
 def _describe_run(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items() if version)
     facts = {"Command": f"`{run.get('command')}`", "Versions": versions, "Hardware": run.get("hardware")}
-    facts["Processes"] = f"{run.get('processes')}, with {run.get('threads_per_process')} threads each"
     facts["Commit"] = run.get("commit") or "none: an installed package"
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 

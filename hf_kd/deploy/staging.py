@@ -8,22 +8,23 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def staged(output_dir: Path, folder: str, keep_files: bool) -> Iterator[Path]:
+def staged(output_dir: Path) -> Iterator[Path]:
     """
     Write into the folder that this yields; when the block ends without an error its contents move to `output_dir`.
 
-    Moving only renames, which needs no space on the disk. Whatever happens, nothing else is left behind.
+    Files and folders of the same names are replaced, others stay. Moving only renames, which needs no space on the
+    disk; if one fails, all are undone. (A process that is killed between two renames into a folder that was there
+    before leaves new beside old; a new folder appears by one.)
 
     Args:
         output_dir (`Path`): Where the files will be; made if it is not there.
-        folder (`str`): The one subfolder, which replaces an earlier one as a whole.
-        keep_files (`bool`): Whether files that are there already stay; the subfolder is replaced in any case.
 
     Raises:
         `OSError`: If nothing can be written there.
     """
     output_dir = output_dir.resolve()
     is_new = not output_dir.exists()
+    missing_parents = [parent for parent in output_dir.parents if not parent.exists()]
     # On the same disk: beside a new folder, which then is one rename, and inside one that is there.
     hidden = f".{output_dir.name}-{uuid.uuid4().hex[:8]}"
     staging = output_dir.parent / hidden if is_new else output_dir / hidden
@@ -37,20 +38,31 @@ def staged(output_dir: Path, folder: str, keep_files: bool) -> Iterator[Path]:
         if is_new:
             staging.rename(output_dir)
         else:
-            _replace_folder(staging / folder, output_dir / folder, old=staging / "old")
-            for file in staging.iterdir():
-                if file.is_file() and not (keep_files and (output_dir / file.name).exists()):
-                    file.replace(output_dir / file.name)
+            _move_all(staging, output_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in missing_parents:
+            with contextlib.suppress(OSError):  # it holds the new folder
+                parent.rmdir()
 
 
-def _replace_folder(new: Path, target: Path, old: Path) -> None:
-    if target.exists():
-        target.rename(old)
+def _move_all(staging: Path, output_dir: Path) -> None:
+    new = sorted(staging.iterdir())
+    old = staging / "old"
+    old.mkdir()
+    moved: list[Path] = []
     try:
-        new.rename(target)
+        for path in new:
+            target = output_dir / path.name
+            if target.exists():
+                target.rename(old / path.name)
+            moved.append(path)
+            path.rename(target)
     except OSError:
-        if old.exists():
-            old.rename(target)
+        for path in reversed(moved):
+            target = output_dir / path.name
+            if target.exists():
+                target.rename(path)
+            if (old / path.name).exists():
+                (old / path.name).rename(target)
         raise

@@ -219,8 +219,8 @@ def test_labels_of_the_model_may_have_another_order(onnx_variant, tmp_path):
     )
     swapped = Variant("swapped", "teacher", "onnxruntime", "fp32", tmp_path)
     logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
-    assert module._compute_metrics(swapped, GLUE_TASKS["sst2"], logits, [1, 0, 1]) == {"accuracy": 1.0}
-    assert module._compute_metrics(onnx_variant, GLUE_TASKS["sst2"], logits, [0, 1, 1]) == {"accuracy": 2 / 3}
+    assert module._score(swapped, GLUE_TASKS["sst2"], logits, [1, 0, 1]) == {"accuracy": 1.0}
+    assert module._score(onnx_variant, GLUE_TASKS["sst2"], logits, [0, 1, 1]) == {"accuracy": 2 / 3}
 
 
 @pytest.mark.parametrize(
@@ -252,11 +252,11 @@ def test_a_variant_that_cannot_run(onnx_variant, changes, message, monkeypatch):
         ({"rounds": 0}, r"rounds=\[0\]"),
         ({"max_length": 0.5}, r"max_length=\[0.5\]"),
         ({"seconds": math.nan}, "seconds=nan"),
-        ({"lengths": (81,)}, "has 80 positions, but inputs of 81 tokens are asked for"),
-        ({"max_length": 128}, "has 80 positions, but inputs of 128 tokens are asked for"),
+        ({"lengths": (81,)}, "takes up to 80 tokens, but inputs of 81 are asked for"),
+        ({"max_length": 128}, "takes up to 80 tokens, but inputs of 128 are asked for"),
         ({"texts": []}, r"texts=\[\] is empty"),
-        ({"texts": [("a", "b", "c")]}, r"a text is \('a', 'b', 'c'\)"),
-        ({"texts": [None]}, "a text is None"),
+        ({"texts": [("a", "b", "c")]}, r"an input is \('a', 'b', 'c'\)"),
+        ({"texts": [None]}, "an input is None"),
         ({"texts": ["a"], "task": GLUE_TASKS["sst2"]}, "metrics need texts, labels and the task, but labels are None"),
         ({"labels": [1]}, "texts and task are None"),
         ({"texts": ["a"], "labels": [1, 0], "task": GLUE_TASKS["sst2"]}, "1 texts have 2 labels"),

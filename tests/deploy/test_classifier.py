@@ -382,8 +382,8 @@ def test_inputs_that_are_no_texts(classifier, inputs, arguments, fragments):
     ("arguments", "fragments"),
     [
         ({"num_threads": 0}, ["num_threads=0 must be at least 1, or None for all cores"]),
-        ({"max_length": 0}, ["max_length=0; this model takes 1 to 80 tokens"]),
-        ({"max_length": 81}, ["max_length=81; this model takes 1 to 80 tokens"]),
+        ({"max_length": 0}, ["max_length=0; this model takes 3 to 80 tokens"]),
+        ({"max_length": 81}, ["max_length=81; this model takes 3 to 80 tokens"]),
         ({"file_name": "onnx/model_fp16.onnx"}, ["holds no onnx/model_fp16.onnx", "export_onnx.py --model_dir"]),
     ],
     ids=str,

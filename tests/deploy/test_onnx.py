@@ -122,7 +122,10 @@ def test_report_says_what_is_on_disk(exported, name):
     assert sum(sizes) == 128 and len(set(sizes)) > 3 and len(set(lengths)) > 1
     assert max(lengths) <= asked.get("max_length", 80)
     assert report["quantization"]["method"] == asked.get("quantization", "dynamic")
-    assert report["quantization"]["format"] == ("QDQ" if "quantization" in asked else "QOperator")
+    default = "QDQ" if asked.get("quantization") == "static" else "QOperator"
+    assert report["quantization"]["format"] == asked.get("quantization_format", default)
+    assert report["max_length"] == asked.get("max_length", 79 if name == "roberta" else 80)
+    assert report["graph"].startswith("as exported" if name in ("modernbert", "regression") else "rewritten")
     assert report["inputs"] == [node.name for node in session_of(export.folder / FP32_FILE).get_inputs()]
 
 
@@ -282,7 +285,7 @@ def freeze(axis, size):
     [
         pytest.param(
             add_to_weights(1e-3),
-            ["rows [", "as a batch of 1 x", "in torch and", "they differ by", "0.0001 is"],
+            ["texts [", "as a batch of 1 x", "in torch and", "they differ by", "0.0001 is"],
             id="weights off by a thousandth",
         ),
         pytest.param(add_to_weights(np.nan), ["nan", "they differ by nan"], id="NaN"),
@@ -305,7 +308,7 @@ def test_parity_sees_another_tokenizer(exported, copy_of_export):
     assert text != original
     path.write_text(text)
     classifier = OnnxTextClassifier.from_pretrained(folder, FP32_FILE)
-    assert_parity_fails(exported("bert"), classifier, "tokenizer.json gives other token ids", "rows [")
+    assert_parity_fails(exported("bert"), classifier, "tokenizer.json gives other token ids", "texts [")
 
 
 # Folders that exist already
@@ -448,6 +451,62 @@ def test_recipe_exports_into_the_models_own_folder_again(copy_of_checkpoint, run
     assert results["rows"] == [] and results["export"] == json.loads(after[REPORT_FILE])
     assert results["export"]["quantization"] is None and results["export"]["parity"]["rows"] == 128
     assert OnnxTextClassifier.from_pretrained(folder)("w1 w2 w3")[0]["label"] == "positive"
+
+
+def test_recipe_measures_and_reports(copy_of_checkpoint, trained, run_recipe):
+    """What `make demo` ends with: a table, a report and a picture, of the rows and the models that were asked for."""
+    folder = copy_of_checkpoint()
+    flags = [
+        "--benchmark",
+        "--teacher_model_name_or_path",
+        trained("bert", "single").folder,
+        "--benchmark_rounds",
+        "1",
+    ]
+    flags += ["--benchmark_lengths", "8", "16", "--benchmark_threads", "1", "--benchmark_seconds", "0.01"]
+    run_recipe("export_onnx", "--model_dir", folder, "--output_dir", folder, *flags)
+    rows = {row["variant"]: row for row in read_results(folder / "results.json")["benchmark"]}
+    assert {"teacher torch fp32", "student torch fp32", "student ONNX fp32", "student ONNX int8"} <= set(rows)
+    accuracy = {name: row["metrics"]["validation"]["accuracy"] for name, row in rows.items()}
+    assert accuracy["teacher torch fp32"] == accuracy["student ONNX fp32"] > 0.9
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| student ONNX int8 |" in report and "rewritten for CPUs" in report
+    assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_export_leaves_other_models_alone(trained, copy_of_checkpoint):
+    """A student that was exported in place looks like an earlier export; its weights would get another's config."""
+    other, folder = trained("bert", "single").folder, copy_of_checkpoint()
+    (folder / "onnx").mkdir(exist_ok=True)
+    (folder / REPORT_FILE).write_text("{}")
+    before = files_in(folder)
+    assert_refused(lambda: export_onnx(other, folder), "holds other files", str(folder))
+    assert files_in(folder) == before
+
+
+def test_onnx_files_of_others_are_not_replaced(copy_of_checkpoint):
+    """A repository for transformers.js has more in `onnx/` than we write: all of it would be gone."""
+    folder = copy_of_checkpoint()
+    shutil.rmtree(folder / "onnx", ignore_errors=True)
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model_q4.onnx").write_bytes(b"mine")
+    before = files_in(folder)
+    assert_refused(lambda: export_onnx(folder, folder), "holds files of another export")
+    assert files_in(folder) == before
+
+
+def test_parity_is_that_of_the_tokenizer_that_stays(copy_of_checkpoint):
+    """Saved again, a tokenizer can differ from the one in the folder, which is the one that will be loaded."""
+    folder = copy_of_checkpoint()
+    shutil.rmtree(folder / "onnx", ignore_errors=True)
+    settings = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = settings["model"]["vocab"]
+    vocab["w1"], vocab["w2"] = vocab["w2"], vocab["w1"]
+    (folder / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
+    before = files_in(folder)
+    export_onnx(folder, folder, quantization=None)
+    after = files_in(folder)
+    assert {name: after[name] for name in before} == before
 
 
 def test_distillation_ends_with_files_that_load(trained, tmp_path, run_recipe):

@@ -172,7 +172,6 @@ def test_a_report_of_everything(tmp_path):
         "- Command: `python demo.py --seed 1`",
         "- Versions: python 3.11.7, torch 2.13.0",
         "- Hardware: 2 x AMD EPYC",
-        "- Processes: 1, with 2 threads each",
         "- Commit: 902d4f3",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pareto.png", "report.md", "results.json"]
