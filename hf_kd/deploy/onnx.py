@@ -93,7 +93,7 @@ def export_onnx(
 
     Returns:
         `dict`: What was done and found, also written to `onnx/export_report.json`: `backend`, `opset`,
-        `graph`, `inputs`, `parity`, `quantization` and `cpu`.
+        `graph`, `inputs`, `max_length`, `parity`, `quantization` and `cpu`.
 
     Raises:
         `ValueError`: For arguments, a model or rows that cannot work.
