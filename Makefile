@@ -33,7 +33,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_D
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo             distil a small pretrained encoder on this machine, without the Hub"
+	@echo "make demo             distil a small pretrained encoder, export and measure it, without the Hub"
 	@echo "make test             run the tests            (ARGS='tests/objective -k kl' passes options to pytest)"
 	@echo "make quality          lint, format check, types"
 	@echo "make versions         what is installed"
