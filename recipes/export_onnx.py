@@ -39,7 +39,9 @@ class ExportArguments:
         default=0.005, metadata={"help": "How far int8 may fall below float32 on the validation set, 0 or more."}
     )
     opset: int | None = field(default=None, metadata={"help": "Version of the ONNX operators."})
-    optimize: bool = field(default=True, metadata={"help": "Rewrite the graph for CPUs."})
+    optimize: bool = field(
+        default=True, metadata={"help": "Rewrite the graph for CPUs; `--no_optimize` leaves it as exported."}
+    )
     benchmark: bool = field(default=False, metadata={"help": "Measure torch and ONNX Runtime, and write a report."})
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The teacher, for --benchmark: ratios are against it."}
@@ -54,6 +56,13 @@ class ExportArguments:
     benchmark_seconds: float = field(default=0.5, metadata={"help": "Seconds per measured cell and process, > 0."})
 
     def __post_init__(self) -> None:
+        if self.quantization not in ("dynamic", "static", "none"):
+            raise ValueError(f"--quantization {self.quantization}: give dynamic, static or none.")
+        if self.benchmark_rounds < 1 or not self.benchmark_seconds > 0:
+            raise ValueError(
+                f"--benchmark_rounds {self.benchmark_rounds} must be at least 1, and --benchmark_seconds "
+                f"{self.benchmark_seconds} above 0."
+            )
         if self.teacher_model_name_or_path is not None and not self.benchmark:
             raise ValueError("--teacher_model_name_or_path is for the comparison; add --benchmark.")
         if self.benchmark:
@@ -82,8 +91,11 @@ def export_and_measure(
         write_results(results_file, **training, export={"quantization": error.report})
         raise
     print_export(report)
+    print(f"The files are in {results_file.parent / 'onnx'}.")
     if not export_args.benchmark:
         write_results(results_file, **training, export=report)
+        for name in ("report.md", "pareto.png"):  # of an earlier export, whose files are gone
+            results_file.with_name(name).unlink(missing_ok=True)
         return
     rows = measure(export_args, data_args, data, task)
     write_results(results_file, **training, export=report, benchmark=rows)
@@ -141,7 +153,7 @@ def training_results(path: Path) -> dict[str, Any]:
 def print_export(report: dict[str, Any]) -> None:
     """Parity and the price of int8, in a line each."""
     parity, int8 = report["parity"], report["quantization"]
-    print(f"float32: {parity['rows']} rows differ from torch by at most {parity['max_difference']:.1e}")
+    print(f"float32: logits within {parity['max_difference']:.1e} of torch's on {parity['rows']} rows")
     if int8 is not None and int8["metric"] is not None:
         metric, last = int8["metric"], int8["attempts"][-1]
         print(f"int8 ({last['settings']}): {metric['name']} {metric['fp32']:.4f} -> {metric['int8']:.4f}")

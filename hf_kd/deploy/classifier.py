@@ -126,7 +126,8 @@ class OnnxTextClassifier:
 
         tokenizer_config = find("tokenizer_config.json")
         return cls(
-            find_any(*([file_name] if file_name is not None else _FILE_NAMES)),
+            # As in Optimum, the bare name is enough.
+            find_any(*([file_name, f"onnx/{file_name}"] if file_name is not None else _FILE_NAMES)),
             Tokenizer.from_file(str(find_any("tokenizer.json"))),
             _read_json(find_any("config.json")),
             _read_json(tokenizer_config) if tokenizer_config else None,

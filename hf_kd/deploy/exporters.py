@@ -44,15 +44,15 @@ def find_exporter(backend: str) -> tuple[str, Exporter]:
         raise ValueError(f"backend={backend!r} must be auto, {' or '.join(_BACKENDS)}.")
     errors = []
     for name in _BACKENDS if backend == "auto" else (backend,):
-        modules, package, extra, export = _BACKENDS[name]
+        modules, package, extra, needed, export = _BACKENDS[name]
         try:
             for module in modules:
                 importlib.import_module(module)
         except ImportError as error:
-            errors.append(f"the backend `{name}` needs pip install 'hf-kd[{extra}]' ({error})")
+            errors.append(f"the backend `{name}` needs pip install 'hf-kd[{extra}]' {needed} ({error})")
             continue
         return f"{name} ({package} {importlib.metadata.version(package)})", export
-    raise ImportError("ONNX export is not installed: " + "; or ".join(errors) + ".")
+    raise ImportError("not installed: " + "; or ".join(errors) + ".")
 
 
 def write_single_file(model: onnx.ModelProto, path: Path) -> None:
@@ -98,13 +98,14 @@ def export_with_transformers(
         _finish(Path(folder) / "model.onnx", inputs, path)
 
 
-# Modules to import, package that has the version, extra of hf-kd, function.
-_BACKENDS: dict[str, tuple[tuple[str, ...], str, str, Exporter]] = {
-    "optimum": (("optimum.exporters.onnx",), "optimum-onnx", "optimum", export_with_optimum),
+# Modules to import, package that has the version, extra of hf-kd, what of transformers goes with it, function.
+_BACKENDS: dict[str, tuple[tuple[str, ...], str, str, str, Exporter]] = {
+    "optimum": (("optimum.exporters.onnx",), "optimum-onnx", "optimum", "'transformers<4.58'", export_with_optimum),
     "transformers": (
         ("transformers.exporters.exporter_onnx", "onnxscript"),
         "transformers",
         "onnx",
+        "'transformers>=5'",
         export_with_transformers,
     ),
 }
