@@ -4,10 +4,9 @@ It knows graphs and no model classes: what has BERT's shape is rewritten, anythi
 stay the same, up to the order of a few sums:
 
 1. The last layer computes the first token alone, the one that the classifier reads; its keys and values stay whole.
-   Of a student of three layers that is a quarter of the time.
 2. Each attention becomes the fewest operators, with one additive mask for all layers and no arithmetic on shapes.
 3. The `Add` of a residual before a `LayerNormalization` becomes a `Sum`, the same for two inputs. ONNX Runtime (1.31)
-   would fuse the former to `SkipLayerNormalization`, whose CPU kernel is several times slower than the two operators.
+   would fuse the former to `SkipLayerNormalization`, whose CPU kernel is slower than the two operators.
 """
 
 from __future__ import annotations

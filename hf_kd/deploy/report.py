@@ -38,7 +38,7 @@ def write_report(results_path: str | os.PathLike, output_dir: str | os.PathLike 
         output_dir (`str`, *optional*): Where to write, by default beside the results.
 
     Returns:
-        `Path`: The report. Both files are replaced together, or neither is.
+        `Path`: The report. A failure leaves the files of an earlier one.
 
     Raises:
         ValueError: If there are no results in the file.

@@ -27,7 +27,7 @@ def run(model, names=None):
 
 @pytest.mark.parametrize("name", BERT_SHAPED)
 def test_last_layer_computes_the_first_token_alone(exported, name):
-    """A rewrite that no longer matches would cost a quarter of the speed, and no answer would tell."""
+    """A rewrite that no longer matches would cost speed, and no answer would tell."""
     model = onnx.load(exported(name).folder / FP32_FILE)
     activations = [node.output[0] for node in model.graph.node if node.op_type in ("Erf", "Gelu")]
     model.graph.output.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in activations)
@@ -38,7 +38,7 @@ def test_last_layer_computes_the_first_token_alone(exported, name):
 
 @pytest.mark.parametrize("name", BERT_SHAPED)
 def test_no_layer_norm_is_fused_to_the_slow_kernel(exported, name, tmp_path):
-    """ONNX Runtime's fusion of residual and normalisation is slower than both: a fifth of an int8 student's time."""
+    """ONNX Runtime's fusion of residual and normalisation is slower than both together."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     file = exported(name).folder / FP32_FILE

@@ -496,7 +496,7 @@ def test_onnx_files_of_others_are_not_replaced(copy_of_checkpoint):
 
 
 def test_parity_is_that_of_the_tokenizer_that_stays(copy_of_checkpoint):
-    """Saved again, a tokenizer can differ from the one in the folder, which is the one that will be loaded."""
+    """Compared with a copy that was saved anew, the files in the folder would not be those that were compared."""
     folder = copy_of_checkpoint()
     shutil.rmtree(folder / "onnx", ignore_errors=True)
     settings = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
