@@ -45,6 +45,11 @@ def test_no_layer_norm_is_fused_to_the_slow_kernel(exported, name, tmp_path):
     onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     found = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
     assert "LayerNormalization" in found and "SkipLayerNormalization" not in found
+    # Whether it would have been fused depends on the rest of the graph; that it cannot be does not.
+    nodes = onnx.load(file).graph.node
+    producers = {output: node.op_type for node in nodes for output in node.output}
+    above = {producers.get(node.input[0]) for node in nodes if node.op_type == "LayerNormalization"}
+    assert "Sum" in above and "Add" not in above
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from test_bad_input import files_in
 from hf_kd.deploy.staging import staged
 
 
-OLD = {"a.json": b"old a", "b.json": b"old b", "kept.txt": b"mine", "onnx/model.onnx": b"old model"}
-NEW = {"a.json": b"new a", "b.json": b"new b", "onnx/model.onnx": b"new model"}
+OLD = {"config.json": b"old", "kept.txt": b"mine", "onnx/model.onnx": b"old", "tokenizer.json": b"old"}
+NEW = {"config.json": b"new", "added.txt": b"new", "onnx/model.onnx": b"new", "tokenizer.json": b"new"}
 
 
 def write(folder, files):
@@ -30,7 +30,7 @@ def test_new_files_replace_those_of_their_names(tmp_path):
     assert files_in(tmp_path) == {f"out/{name}": content for name, content in {**OLD, **NEW}.items()}
 
 
-@pytest.mark.parametrize("failing", range(6))  # three old ones are moved away, three new ones in
+@pytest.mark.parametrize("failing", range(7))  # three old ones are moved away, four new ones in
 def test_a_rename_that_fails_is_undone(tmp_path, monkeypatch, failing):
     """New weights beside the old config would load, and answer wrongly."""
     write(tmp_path / "out", OLD)
