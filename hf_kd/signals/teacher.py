@@ -1,4 +1,4 @@
-"""The teacher: frozen, run now, read in the student's terms."""
+"""The teachers: frozen, run now, read in the student's terms."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from transformers.utils import logging
 from ..checkpoint import has_tokenizer, load_finetuned
 from .batch import Signals
 from .capture import Capture, Wanted, columns_for, forward_columns
+from .problem import problem_of
 
 
 logger = logging.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LABELS = ("labels", "start_positions", "end_positions")
+# Columns of a batch that are a teacher's alone, made by its own tokenizer.
+OWN_PREFIX = "teacher_"
 
 
 class Teacher:
@@ -36,16 +40,26 @@ class Teacher:
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`. By default the dtype it has, under the
             run's autocast.
         device (`torch.device`, *optional*): Where to put the teacher. By default it stays where it is.
+        reads_own_tokens (`bool`, *optional*, defaults to `False`):
+            Whether its inputs are the `teacher_` columns of the batch, see [`~hf_kd.DistillationCollator`].
 
     Raises:
         ValueError: If the vocabularies or labels of student and teacher do not fit.
     """
 
     def __init__(
-        self, model: PreTrainedModel, student_config: Any, dtype: str | None = None, device: torch.device | None = None
+        self,
+        model: PreTrainedModel,
+        student_config: Any,
+        dtype: str | None = None,
+        device: torch.device | None = None,
+        reads_own_tokens: bool = False,
     ):
-        check_vocabulary(student_config, model.config)
-        order = label_order(student_config, model.config)
+        self.reads_own_tokens = reads_own_tokens
+        if not reads_own_tokens:
+            check_vocabulary(student_config, model.config)
+        has_classes = problem_of(model) not in ("question_answering", "masked_lm")
+        order = label_order(student_config, model.config) if has_classes else None
         if dtype is not None and model.dtype != DTYPES[dtype]:
             # A copy: the caller's model keeps its weights as they are.
             model = copy.deepcopy(model).to(DTYPES[dtype])
@@ -53,9 +67,20 @@ class Teacher:
         if device is not None and getattr(model, "hf_device_map", None) is None:
             self.model.to(device)
         self.label_order = None if order is None else torch.tensor(order, device=self.model.device)
-        self.columns = forward_columns(model)
+        self._forward_columns = forward_columns(model)
         self.capture = Capture(model, Wanted())
         self._runs_in_own_dtype = dtype is not None
+
+    @property
+    def config(self) -> Any:
+        """The model's config, as [`DistillationObjective.bind`] takes it."""
+        return self.model.config
+
+    @property
+    def columns(self) -> set[str]:
+        """Names of the columns of a batch that it reads."""
+        prefix = OWN_PREFIX if self.reads_own_tokens else ""
+        return {f"{prefix}{name}" for name in self._forward_columns or ()}
 
     def watch(self, wanted: Wanted) -> None:
         """Read these intermediate signals besides the logits from now on."""
@@ -71,8 +96,23 @@ class Teacher:
 
         Returns:
             [`Signals`]: Without gradient, the logits in the student's label order.
+
+        Raises:
+            ValueError: If the teacher reads tokens of its own and the batch has none.
         """
-        inputs = columns_for(self.columns, {name: value for name, value in inputs.items() if name != "labels"})
+        if self.reads_own_tokens:
+            if f"{OWN_PREFIX}input_ids" not in inputs:
+                raise ValueError(
+                    f"the teacher reads the column {OWN_PREFIX}input_ids, but the batch has {sorted(inputs)}; use "
+                    "data_collator=DistillationCollator(tokenizer, teacher_tokenizer, text_columns=[...]), and keep "
+                    "the text columns in the dataset."
+                )
+            inputs = {
+                name.removeprefix(OWN_PREFIX): value for name, value in inputs.items() if name.startswith(OWN_PREFIX)
+            }
+        inputs = columns_for(
+            self._forward_columns, {name: value for name, value in inputs.items() if name not in _LABELS}
+        )
         own_dtype = (
             torch.autocast(self.model.device.type, enabled=False)
             if self._runs_in_own_dtype
@@ -84,6 +124,37 @@ class Teacher:
         if self.label_order is not None:
             signals.logits = signals.logits[..., self.label_order]
         return signals
+
+
+class TeacherEnsemble:
+    """Several teachers of one student.
+
+    Args:
+        teachers (sequence of [`Teacher`]): At least one.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher]):
+        self.teachers = list(teachers)
+
+    @property
+    def config(self) -> list[Any]:
+        """Their configs, as [`DistillationObjective.bind`] takes them."""
+        return [teacher.config for teacher in self.teachers]
+
+    @property
+    def columns(self) -> set[str]:
+        """Names of the columns of a batch that any of them reads."""
+        return set().union(*(teacher.columns for teacher in self.teachers))
+
+    def watch(self, wanted: Wanted | Sequence[Wanted]) -> None:
+        """Read these intermediate signals besides the logits from now on, of each teacher its own."""
+        wanted = [wanted] if isinstance(wanted, Wanted) else wanted
+        for teacher, of_teacher in zip(self.teachers, wanted, strict=True):
+            teacher.watch(of_teacher)
+
+    def __call__(self, inputs: Mapping[str, Any]) -> list[Signals]:
+        """Run each teacher on a batch."""
+        return [teacher(inputs) for teacher in self.teachers]
 
 
 def load_teacher(path: str | os.PathLike) -> PreTrainedModel:
@@ -106,7 +177,8 @@ def check_vocabulary(student_config: Any, teacher_config: Any) -> None:
             f"the student ({student_config.model_type}) has a vocabulary of {student_config.vocab_size} tokens, the "
             f"teacher ({teacher_config.model_type}) one of {teacher_config.vocab_size}, but both read the same "
             "input_ids; take a student with the teacher's tokenizer, for example student_from_teacher(teacher, "
-            "num_layers=3)."
+            "num_layers=3), or give each its own tokens with data_collator=DistillationCollator(tokenizer, "
+            "teacher_tokenizer, text_columns=[...])."
         )
 
 
