@@ -1,128 +1,32 @@
-"""The terms that are on, and their weighted sum."""
+"""The weighted sum of the terms that are on."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..signals import ItemCounts, LayerPair, Signals, Wanted, layer_pairs
-from ..signals.capture import family_of
-from ..signals.layers import LayerMapping
+from ..signals import ItemCounts, LayerPair, Signals, Wanted
+from ..signals.problem import SEQUENCE_PROBLEMS, ProblemType
 from . import losses
+from .binding import Binding, bind_terms
+from .predictions import check_logits_shape, combine_teachers, prediction_rows
 from .projection import Projection
+from .schedules import read_schedule, read_temperature_schedule
+from .terms import AttentionTerm, HiddenTerm, LogitTerm, RelationTerm, TaskTerm, Term, weight_at
 
 
-LogitLossType = Literal["kl", "soft_ce", "mse"]
-HiddenLossType = Literal["mse", "cosine"]
-AttentionLossType = Literal["mse", "kl"]
-
-
-def _check_term(term: Any, loss_types: Any = None) -> None:
-    if not (math.isfinite(term.weight) and term.weight >= 0):
-        raise ValueError(f"{term.name}_weight={term.weight} must be a finite number >= 0; 0 switches the term off.")
-    if loss_types is not None and term.type is not None and term.type not in get_args(loss_types):
-        raise ValueError(
-            f"{term.name}_type={term.type!r} must be one of {', '.join(map(repr, get_args(loss_types)))}."
-        )
-
-
-@dataclass(frozen=True)
-class TaskTerm:
-    """The loss against the labels; rows without a label (-100) are left out.
-
-    Args:
-        weight (`float`, *optional*, defaults to 0.5): Factor of the term in the sum.
-        label_smoothing (`float`, *optional*, defaults to 0.0): Share of probability spread over all classes.
-        name (`str`, *optional*, defaults to `"task_loss"`): Key of the term in the result and the logs.
-    """
-
-    weight: float = 0.5
-    label_smoothing: float = 0.0
-    name: str = "task_loss"
-
-    def __post_init__(self) -> None:
-        _check_term(self)
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"{self.name}: label_smoothing={self.label_smoothing} must be between 0 and 1.")
-
-
-@dataclass(frozen=True)
-class LogitTerm:
-    """The loss against the teacher's logits.
-
-    Args:
-        weight (`float`, *optional*, defaults to 0.5): Factor of the term in the sum.
-        type (`str`, *optional*):
-            `"kl"`, `"soft_ce"` or `"mse"`, see `losses.py`. By default `"kl"` for classes and `"mse"` for regression.
-        temperature (`float`, *optional*, defaults to 2.0): Softening of `"kl"` and `"soft_ce"`, > 0.
-        name (`str`, *optional*, defaults to `"logit_loss"`): Key of the term in the result and the logs.
-    """
-
-    weight: float = 0.5
-    type: LogitLossType | None = None
-    temperature: float = 2.0
-    name: str = "logit_loss"
-
-    def __post_init__(self) -> None:
-        _check_term(self, LogitLossType)
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(
-                f"{self.name}: temperature={self.temperature} must be a finite number > 0, usually 1 to 8."
-            )
-
-
-@dataclass(frozen=True)
-class HiddenTerm:
-    """The loss against the teacher's hidden states, mean over the layer pairs.
-
-    Args:
-        weight (`float`, *optional*, defaults to 1.0): Factor of the term in the sum.
-        type (`str`, *optional*, defaults to `"mse"`): `"mse"` or `"cosine"`, see `losses.py`.
-        layers (`str` or list of pairs, *optional*, defaults to `"uniform"`): The layer map, see [`layer_pairs`].
-        name (`str`, *optional*, defaults to `"hidden_loss"`): Key of the term in the result and the logs.
-    """
-
-    weight: float = 1.0
-    type: HiddenLossType = "mse"
-    layers: LayerMapping = "uniform"
-    name: str = "hidden_loss"
-
-    def __post_init__(self) -> None:
-        _check_term(self, HiddenLossType)
-
-
-@dataclass(frozen=True)
-class AttentionTerm:
-    """The loss against the teacher's attention, mean over the layer pairs.
-
-    Args:
-        weight (`float`, *optional*, defaults to 1.0): Factor of the term in the sum.
-        type (`str`, *optional*, defaults to `"mse"`):
-            `"mse"` between the scores before the softmax, or `"kl"` between the distributions after it, see
-            `losses.py`.
-        layers (`str` or list of pairs, *optional*, defaults to `"uniform"`): The layer map, see [`layer_pairs`].
-        name (`str`, *optional*, defaults to `"attention_loss"`): Key of the term in the result and the logs.
-    """
-
-    weight: float = 1.0
-    type: AttentionLossType = "mse"
-    layers: LayerMapping = "uniform"
-    name: str = "attention_loss"
-
-    def __post_init__(self) -> None:
-        _check_term(self, AttentionLossType)
-
-
-Term = TaskTerm | LogitTerm | HiddenTerm | AttentionTerm
+# What each form is averaged over, as a field of `ItemCounts`.
+_HIDDEN_ITEMS = {"mse": "tokens", "cosine": "tokens", "pkd": "examples", "gram": "examples", "nst": "token_pairs"}
+_ATTENTION_ITEMS = {"mse": "token_pairs", "kl": "tokens", "cosine": "tokens"}
+# These compare vectors of equal width; all others compare what does not depend on it.
+_PROJECTED = ("mse", "cosine", "pkd", "gram", "crd")
 
 
 class DistillationObjective(nn.Module):
-    """A weighted sum of loss terms between a student, its teacher and the labels.
+    """A weighted sum of loss terms between a student, its teachers and the labels.
 
     It knows neither trainer nor models, only their configs and the signals read from them. Terms of weight 0 are
     dropped: nothing is captured, projected or computed for them.
@@ -138,11 +42,12 @@ class DistillationObjective(nn.Module):
     optimizer.
 
     Args:
-        terms (sequence of [`TaskTerm`], [`LogitTerm`], [`HiddenTerm`], [`AttentionTerm`]):
+        terms (sequence of [`TaskTerm`], [`LogitTerm`], [`HiddenTerm`], [`AttentionTerm`], [`RelationTerm`], \
+[`CustomTerm`]):
             The terms; several of a kind need different names.
 
     Raises:
-        ValueError: If no term has a weight above 0, or two have one name.
+        ValueError: If no term has a weight above 0 at some time of the training, or two have one name.
     """
 
     def __init__(self, terms: Sequence[Term]):
@@ -158,42 +63,73 @@ class DistillationObjective(nn.Module):
                 f"loss terms share a name: {names}; give each a name of its own, e.g. "
                 "HiddenTerm(name='hidden_loss_top')."
             )
-        self.pairs: dict[str, list[LayerPair]] = {}
+        self._check_schedules()
         self.projections = nn.ModuleDict()
-        self._is_bound = False
+        self.binding: Binding | None = None
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term compares with the teacher."""
+        """Whether any term compares with a teacher."""
         return any(not isinstance(term, TaskTerm) for term in self.terms)
 
     @property
-    def uses_logits(self) -> bool:
-        """Whether any term depends on the student's logits, and so on all of its layers."""
-        return any(isinstance(term, TaskTerm | LogitTerm) for term in self.terms)
+    def needs_attention(self) -> bool:
+        """Whether any term reads queries, keys or values."""
+        return bool(self.student_wanted.attention)
 
     @property
     def has_projections(self) -> bool:
-        """Whether there are parameters to train: hidden states are compared between different widths."""
+        """Whether there are parameters to train: vectors are compared between different widths."""
         return any(True for _ in self.parameters())
 
     @property
     def student_wanted(self) -> Wanted:
         """The intermediate signals to read from the student."""
-        return self._wanted("student")
+        return self._wanted("student", [term.name for term in self.terms])
 
     @property
-    def teacher_wanted(self) -> Wanted:
-        """The intermediate signals to read from the teacher."""
-        return self._wanted("teacher")
+    def teacher_wanted(self) -> Wanted | list[Wanted]:
+        """The intermediate signals to read from the teacher; one entry for each, if there are several."""
+        teacher_of = self._require_binding().teacher_of
+        wanted = [
+            self._wanted("teacher", [name for name, index in teacher_of.items() if index == teacher])
+            for teacher in range(self._require_binding().num_teachers)
+        ]
+        return wanted[0] if len(wanted) == 1 else wanted
 
-    def bind(self, student_config: Any, teacher_config: Any = None) -> DistillationObjective:
-        """Settle what depends on the two models: layer pairs, projections, the form of the logit loss.
+    def terms_on(self, progress: float) -> list[Term]:
+        """The terms whose schedule does not give 0 at this share of the training."""
+        return [term for term in self.terms if weight_at(term, progress) > 0]
+
+    def compares_with_teacher(self, progress: float = 0.0) -> bool:
+        """Whether a teacher has to run at this share of the training."""
+        return any(not isinstance(term, TaskTerm) for term in self.terms_on(progress))
+
+    def uses_logits(self, progress: float = 0.0) -> bool:
+        """Whether a term depends on the student's logits, and so on all of its layers, at this share of the
+        training."""
+        return any(isinstance(term, TaskTerm | LogitTerm) for term in self.terms_on(progress))
+
+    def bind(
+        self,
+        student_config: Any,
+        teacher_config: Any = None,
+        *,
+        problem: ProblemType | None = None,
+        shares_tokens: bool = True,
+    ) -> DistillationObjective:
+        """Settle what depends on the models: layer pairs, projections, the form of the logit loss.
 
         Args:
             student_config ([`~transformers.PretrainedConfig`]): The student's config.
-            teacher_config ([`~transformers.PretrainedConfig`], *optional*): The teacher's; none is needed for the task
-                term alone.
+            teacher_config ([`~transformers.PretrainedConfig`] or sequence of them, *optional*):
+                The teacher's, or those of several; none is needed for the task term alone.
+            problem (`str`, *optional*):
+                What the models solve, see [`~hf_kd.signals.problem_of`]; by default, what a sequence classification
+                model with the student's config solves.
+            shares_tokens (`bool`, *optional*, defaults to `True`):
+                Whether student and teachers read the same tokens. With tokenizers of their own, only what belongs to
+                a whole row can be compared.
 
         Returns:
             [`DistillationObjective`]: Itself.
@@ -201,43 +137,38 @@ class DistillationObjective(nn.Module):
         Raises:
             ValueError: If the models cannot be compared by a term that is on.
         """
-        if self.needs_teacher and teacher_config is None:
-            on = ", ".join(term.name for term in self.terms if not isinstance(term, TaskTerm))
-            raise ValueError(
-                f"the terms {on} compare with a teacher, but there is none; pass teacher_model=..., a model or a path."
-            )
-        self._is_regression = is_regression(student_config)
+        if teacher_config is None:
+            teacher_config = []
+        configs = list(teacher_config) if isinstance(teacher_config, list | tuple) else [teacher_config]
+        self.binding = bind_terms(self.terms, student_config, configs, problem, shares_tokens)
         for term in self.terms:
-            if isinstance(term, LogitTerm):
-                self._check_logits(term, student_config, teacher_config)
-            elif isinstance(term, HiddenTerm | AttentionTerm):
-                depths = student_config.num_hidden_layers, teacher_config.num_hidden_layers
-                first_layer = 1 if isinstance(term, AttentionTerm) else 0
-                self.pairs[term.name] = layer_pairs(term.layers, *depths, first_layer=first_layer)
-                if isinstance(term, AttentionTerm):
-                    self._check_attention(term, student_config, teacher_config)
-                else:
-                    self._project(term, student_config.hidden_size, teacher_config.hidden_size)
-        self._is_bound = True
+            if isinstance(term, HiddenTerm | RelationTerm) and term.type in _PROJECTED:
+                widths = student_config.hidden_size, configs[self.binding.teacher_of[term.name] or 0].hidden_size
+                self._project(term, *widths)
         return self
 
     def forward(
         self,
         student: Signals,
-        teacher: Signals | None = None,
+        teacher: Signals | Sequence[Signals] | None = None,
         labels: Tensor | None = None,
         num_items: ItemCounts | None = None,
         task_loss: Tensor | None = None,
+        progress: float = 0.0,
     ) -> dict[str, Tensor]:
         """Compute the terms that are on.
 
         Args:
             student ([`Signals`]): Read from the student.
-            teacher ([`Signals`], *optional*): Read from the teacher, logits in the student's label order.
-            labels (`torch.Tensor` of shape `(batch,)`, *optional*): -100 marks a row without a label.
+            teacher ([`Signals`] or sequence of them, *optional*):
+                Read from the teachers, logits in the student's label order.
+            labels (`torch.Tensor`, *optional*):
+                See [`~hf_kd.signals.labels_of`]; -100 marks a row, class or token without a label.
             num_items ([`ItemCounts`], *optional*): What to divide by, when the batch is a part of the optimisation
                 step.
             task_loss (`torch.Tensor`, *optional*): The task term, where the caller has its own.
+            progress (`float`, *optional*, defaults to 0.0): Share of the optimisation steps that are done, which the
+                schedules follow.
 
         Returns:
             `dict[str, torch.Tensor]`: Name to unweighted scalar, in the order of the terms.
@@ -245,158 +176,293 @@ class DistillationObjective(nn.Module):
         Raises:
             ValueError: If a term lacks its signal.
         """
-        if not self._is_bound:
-            raise ValueError(
-                "the objective does not know its models yet; call objective.bind(student.config, teacher.config) "
-                "first."
-            )
-        if student.logits.dim() != 2:
-            raise ValueError(
-                f"the student's logits have shape {tuple(student.logits.shape)}, but (batch, num_labels) is needed: "
-                "sequence classification and one-value regression can be distilled."
-            )
+        binding = self._require_binding()
+        check_logits_shape(binding.problem, student.logits)
         self._require_signals("student", student, self.student_wanted)
-        if teacher is not None:
-            self._require_signals("teacher", teacher, self.teacher_wanted)
+        teachers = [] if teacher is None else [teacher] if isinstance(teacher, Signals) else list(teacher)
+        wanted = self.teacher_wanted
+        for signals, of_teacher in zip(teachers, wanted if isinstance(wanted, list) else [wanted], strict=False):
+            self._require_signals("teacher", signals, of_teacher)
+        terms_on = self.terms_on(progress)
         # Scores from q and k, and projections, would otherwise be rounded to bfloat16 by the training step's autocast.
         with torch.autocast(student.logits.device.type, enabled=False):
-            return {
+            values = {
                 term.name: task_loss
                 if isinstance(term, TaskTerm) and task_loss is not None
-                else self._compute(term, student, teacher, labels, num_items)
-                for term in self.terms
+                else self._compute(term, student, teachers, labels, num_items, progress)
+                for term in terms_on
             }
+            # Projections of terms that are off get a gradient of 0: DDP waits for every parameter.
+            idle = [p for term in self.terms if term not in terms_on for p in self._projection_parameters(term)]
+            if idle:
+                name = terms_on[0].name
+                values[name] = values[name] + 0.0 * torch.stack([p.sum() for p in idle]).sum()
+        return values
 
-    def weighted_sum(self, terms: dict[str, Tensor]) -> Tensor:
-        """The loss to train on: each term times its weight, as given."""
-        return torch.stack([term.weight * terms[term.name] for term in self.terms]).sum()
+    def weighted_sum(self, values: dict[str, Tensor], progress: float = 0.0) -> Tensor:
+        """The loss to train on: each term times its weight, as given, and its schedule's factor."""
+        terms_on = self.terms_on(progress)
+        return torch.stack([weight_at(term, progress) * values[term.name] for term in terms_on]).sum()
+
+    # Terms
 
     def _compute(
         self,
         term: Term,
         student: Signals,
-        teacher: Signals | None,
+        teachers: list[Signals],
         labels: Tensor | None,
         num_items: ItemCounts | None,
+        progress: float,
     ) -> Tensor:
         if isinstance(term, TaskTerm):
             return self._task_loss(term, student, labels, num_items)
-        if teacher is None:
+        binding = self._require_binding()
+        if len(teachers) != binding.num_teachers:
             raise ValueError(
                 f"{term.name} has weight {term.weight}, but there are no teacher signals to compare with."
+                if not teachers
+                else f"{term.name}: there are signals of {len(teachers)} teachers, but the objective is bound to "
+                f"{binding.num_teachers}."
             )
         if isinstance(term, LogitTerm):
-            items = num_items and num_items.examples
-            loss_type = term.type or ("mse" if self._is_regression else "kl")
-            if loss_type == "mse":
-                return losses.logit_mse(student.logits, teacher.logits, num_items=items)
-            logit_loss = losses.logit_kl if loss_type == "kl" else losses.logit_soft_ce
-            return logit_loss(student.logits, teacher.logits, temperature=term.temperature, num_items=items)
-
-        pairs, mask = self.pairs[term.name], student.attention_mask
+            return self._logit_loss(term, student, teachers, labels, num_items, progress)
+        teacher = teachers[binding.teacher_of[term.name] or 0]
         if isinstance(term, HiddenTerm):
-            hidden_loss = losses.hidden_mse if term.type == "mse" else losses.hidden_cosine
-            items, projection = num_items and num_items.tokens, self.projections[term.name]
-            values = [
-                hidden_loss(projection(student.hidden[s], s), teacher.hidden[t], mask, num_items=items)
-                for s, t in pairs
-            ]
-        else:
-            is_mse = term.type == "mse"
-            attention_loss = losses.attention_mse if is_mse else losses.attention_kl
-            items = num_items and (num_items.token_pairs if is_mse else num_items.tokens)
-            values = [
-                attention_loss(_scores(student, s), _scores(teacher, t), mask, num_items=items) for s, t in pairs
-            ]
-        return torch.stack(values).mean()
+            return self._hidden_loss(term, student, teacher, num_items)
+        if isinstance(term, AttentionTerm):
+            return self._attention_loss(term, student, teacher, num_items)
+        if isinstance(term, RelationTerm):
+            return self._relation_loss(term, student, teacher, num_items)
+        value = term.function(student, teacher, labels)
+        return value if num_items is None else value * len(student.attention_mask) / num_items.examples
 
     def _task_loss(
         self, term: TaskTerm, student: Signals, labels: Tensor | None, num_items: ItemCounts | None
     ) -> Tensor:
+        problem = self._require_binding().problem
         if labels is None:
+            names = "`start_positions` and `end_positions`" if problem == "question_answering" else "`labels`"
             raise ValueError(
-                f"{term.name} has weight {term.weight}, but the batch has no labels; add a `labels` column (-100 "
-                "marks a row without a label), or set task_loss_weight=0."
+                f"{term.name} has weight {term.weight}, but the batch has no labels; add {names} (-100 marks what has "
+                "no label), or set task_loss_weight=0."
             )
-        if labels.is_floating_point() and not self._is_regression:
+        if labels.is_floating_point() and problem not in ("regression", "multi_label_classification"):
             raise ValueError(
-                f"the labels are {labels.dtype} for {student.logits.shape[-1]} classes; give class indices as "
-                "integers, or set num_labels=1 for regression."
+                f"the labels are {labels.dtype} for {problem} with {student.logits.shape[-1]} classes; give class "
+                "indices as integers, or load both models with problem_type='multi_label_classification' (one 0 or 1 "
+                "for each class), or with num_labels=1 for regression."
             )
+        logits = student.logits
+        if problem not in SEQUENCE_PROBLEMS:
+            rows = prediction_rows(problem, student, [], labels)
+            logits, labels = rows.student, rows.labels
         return losses.task_loss(
-            student.logits,
-            labels,
-            is_regression=self._is_regression,
+            logits,
+            labels,  # type: ignore[arg-type]
+            is_regression=problem == "regression",
+            is_multi_label=problem == "multi_label_classification",
             label_smoothing=term.label_smoothing,
-            num_items=num_items and num_items.labeled_examples,
+            num_items=num_items and num_items.labels,
         )
 
-    def _project(self, term: HiddenTerm, student_width: int, teacher_width: int) -> None:
+    def _logit_loss(
+        self,
+        term: LogitTerm,
+        student: Signals,
+        teachers: list[Signals],
+        labels: Tensor | None,
+        num_items: ItemCounts | None,
+        progress: float,
+    ) -> Tensor:
+        problem = self._require_binding().problem
+        loss_type = term.type or ("mse" if problem == "regression" else "kl")
+        chosen = teachers if term.teacher is None else [teachers[term.teacher]]
+        rows = prediction_rows(problem, student, chosen, labels, loss_type)
+        temperature = term.temperature * read_temperature_schedule(term.temperature_schedule)(progress)
+        teacher = combine_teachers(
+            rows.teachers,
+            term.teacher_weights,
+            temperature=temperature,
+            reduction=term.teacher_reduction,
+            loss_type=loss_type,
+            class_mask=rows.class_mask,
+        )
+        arguments: dict[str, Any] = {**term.options, "num_items": num_items and num_items.predictions}
+        if problem == "multi_label_classification" and loss_type != "mse" and num_items is not None:
+            arguments["num_items"] = num_items.predictions * student.logits.shape[-1]
+        if loss_type != "mse":
+            arguments["temperature"] = temperature
+        if rows.class_mask is not None:
+            arguments["class_mask"] = rows.class_mask
+        if loss_type == "decoupled_kl":
+            existing = teacher if rows.class_mask is None else teacher.masked_fill(~rows.class_mask, -torch.inf)
+            likeliest = existing.argmax(dim=-1)
+            known = likeliest if rows.labels is None else rows.labels
+            arguments["target"] = torch.where(known == -100, likeliest, known)
+        return getattr(losses, f"logit_{loss_type}")(rows.student, teacher, **arguments)
+
+    def _hidden_loss(
+        self, term: HiddenTerm, student: Signals, teacher: Signals, num_items: ItemCounts | None
+    ) -> Tensor:
+        pairs, mask = self._require_binding().hidden_pairs[term.name], student.attention_mask
+        loss = getattr(losses, f"hidden_{term.type}")
+        items = num_items and getattr(num_items, _HIDDEN_ITEMS[term.type])
+        if term.type == "pkd":
+            # The first tokens alone: the rows may have different lengths for student and teacher.
+            is_there = mask.any(dim=1, keepdim=True)
+            values = [
+                loss(
+                    self._first(term, student, s)[:, None],
+                    _first_token(teacher, t)[:, None],
+                    is_there,
+                    num_items=items,
+                )
+                for s, t in pairs
+            ]
+        elif term.type in ("gram", "nst"):
+            neighbours = list(zip(pairs, pairs[1:], strict=False)) or [(pairs[0], pairs[0])]
+            values = [
+                loss(
+                    tuple(self._projected(term, student.hidden[pair.student], pair.student) for pair in both),
+                    tuple(teacher.hidden[pair.teacher] for pair in both),
+                    mask,
+                    num_items=items,
+                )
+                for both in neighbours
+            ]
+        else:
+            values = [
+                loss(self._projected(term, student.hidden[s], s), teacher.hidden[t], mask, num_items=items)
+                for s, t in pairs
+            ]
+        return torch.stack(values).mean()
+
+    def _attention_loss(
+        self, term: AttentionTerm, student: Signals, teacher: Signals, num_items: ItemCounts | None
+    ) -> Tensor:
+        loss = getattr(losses, f"attention_{term.type}")
+        values = []
+        for s, t in self._require_binding().attention_pairs[term.name]:
+            reach = _reach(student, s, teacher, t)
+            name = "tokens" if reach is not None else _ATTENTION_ITEMS[term.type]
+            value = loss(
+                losses.attention_scores(student.queries[s], student.keys[s]),
+                losses.attention_scores(teacher.queries[t], teacher.keys[t]),
+                student.attention_mask,
+                head_reduction=term.head_reduction,
+                reach=reach,
+                num_items=num_items and getattr(num_items, name),
+            )
+            values.append(value)
+        return torch.stack(values).mean()
+
+    def _relation_loss(
+        self, term: RelationTerm, student: Signals, teacher: Signals, num_items: ItemCounts | None
+    ) -> Tensor:
+        binding, options = self._require_binding(), dict(term.options)
+        loss = getattr(losses, f"relation_{term.type}")
+        if not term.compares_tokens:
+            options["num_items"] = num_items and num_items.examples
+            values = [
+                loss(self._first(term, student, s), _first_token(teacher, t), **options)
+                for s, t in binding.hidden_pairs[term.name]
+            ]
+            return torch.stack(values).mean()
+        options["num_items"] = num_items and num_items.tokens
+        if term.type == "minilm_v2":
+            options["relation_heads"] = binding.relation_heads[term.name]
+        values = [
+            loss(
+                _vectors(student, s),
+                _vectors(teacher, t),
+                student.attention_mask,
+                reach=_reach(student, s, teacher, t),
+                **options,
+            )
+            for s, t in binding.attention_pairs[term.name]
+        ]
+        return torch.stack(values).mean()
+
+    def _projected(self, term: HiddenTerm | RelationTerm, hidden: Tensor, layer: int) -> Tensor:
+        return self.projections[term.name](hidden, layer) if term.name in self.projections else hidden
+
+    def _first(self, term: HiddenTerm | RelationTerm, student: Signals, layer: int) -> Tensor:
+        return self._projected(term, _first_token(student, layer), layer)
+
+    # Binding
+
+    def _require_binding(self) -> Binding:
+        if self.binding is None:
+            raise ValueError(
+                "the objective does not know its models yet; call objective.bind(student.config, teacher.config) "
+                "first."
+            )
+        return self.binding
+
+    def _project(self, term: HiddenTerm | RelationTerm, student_width: int, teacher_width: int) -> None:
         """Make the term's projection, unless it is there already: an optimizer may hold it."""
-        projection = Projection(student_width, teacher_width, [pair.student for pair in self.pairs[term.name]])
+        layers = [pair.student for pair in self._require_binding().hidden_pairs[term.name]]
+        projection = Projection(student_width, teacher_width, layers)
         there = self.projections[term.name] if term.name in self.projections else None
         if there is None or [p.shape for p in there.parameters()] != [p.shape for p in projection.parameters()]:
             self.projections[term.name] = projection
 
+    def _projection_parameters(self, term: Term) -> list[nn.Parameter]:
+        return list(self.projections[term.name].parameters()) if term.name in self.projections else []
+
+    def _wanted(self, side: str, names: list[str]) -> Wanted:
+        """What the terms of these names read."""
+        binding = self._require_binding()
+        only_scores = {term.name for term in self.terms if isinstance(term, AttentionTerm)}
+
+        def layers(pairs: dict[str, list[LayerPair]]) -> frozenset[int]:
+            return frozenset(getattr(pair, side) for name in names for pair in pairs.get(name, []))
+
+        return Wanted(
+            hidden=layers(binding.hidden_pairs),
+            attention=layers(binding.attention_pairs),
+            values=layers({name: p for name, p in binding.attention_pairs.items() if name not in only_scores}),
+        )
+
     @staticmethod
     def _require_signals(side: str, signals: Signals, wanted: Wanted) -> None:
         hidden, attention = wanted.hidden - signals.hidden.keys(), wanted.attention - signals.queries.keys()
-        if hidden or attention:
+        values = wanted.values - signals.values.keys()
+        if hidden or attention or values:
             how = (
                 "teacher.watch(objective.teacher_wanted)"
                 if side == "teacher"
                 else "Capture(student, objective.student_wanted)"
             )
             raise ValueError(
-                f"the {side} signals lack hidden states of layers {sorted(hidden)} and attention of layers "
-                f"{sorted(attention)}, which the terms compare; read them with {how}."
+                f"the {side} signals lack hidden states of layers {sorted(hidden)}, attention of layers "
+                f"{sorted(attention)} and values of layers {sorted(values)}, which the terms compare; read them with "
+                f"{how}."
             )
 
-    def _wanted(self, side: Literal["student", "teacher"]) -> Wanted:
-        def layers(kind: type) -> frozenset[int]:
-            on = [term for term in self.terms if isinstance(term, kind)]
-            return frozenset(getattr(pair, side) for term in on for pair in self.pairs[term.name])
-
-        return Wanted(hidden=layers(HiddenTerm), attention=layers(AttentionTerm))
-
-    def _check_logits(self, term: LogitTerm, student_config: Any, teacher_config: Any) -> None:
-        if student_config.num_labels != teacher_config.num_labels:
-            raise ValueError(
-                f"{term.name}: the student has {student_config.num_labels} labels and the teacher "
-                f"{teacher_config.num_labels}; load the student with num_labels={teacher_config.num_labels}."
-            )
-        is_regression(teacher_config)  # raises if the teacher solves another problem, such as multi-label
-        if self._is_regression and term.type not in (None, "mse"):
-            raise ValueError(
-                f"{term.name}_type={term.type!r} compares softmaxes, but the models have one logit, whose softmax is "
-                "always 1: the loss would be 0 and teach nothing. Set logit_loss_type='mse'."
-            )
-
-    def _check_attention(self, term: AttentionTerm, student_config: Any, teacher_config: Any) -> None:
-        family_of(student_config), family_of(teacher_config)
-        heads = student_config.num_attention_heads, teacher_config.num_attention_heads
-        if heads[0] != heads[1]:
-            raise ValueError(
-                f"{term.name}: the student has {heads[0]} attention heads and the teacher {heads[1]}, which cannot be "
-                f"compared head by head; make a student with num_attention_heads={heads[1]}, or set "
-                "attention_loss_weight=0."
-            )
+    def _check_schedules(self) -> None:
+        """A step at which every term is off would train nothing."""
+        # Linear and cosine schedules can be 0 at the very start or end alone, and no step is at the end.
+        schedules = [read_schedule(term.schedule) for term in self.terms]
+        closings = [schedule.end for schedule in schedules if schedule.kind == "window" and schedule.end < 1.0]
+        for progress in sorted({0.0, *closings}):
+            if not self.terms_on(progress):
+                raise ValueError(
+                    f"every term is off at {progress:g} of the training, by their schedules; keep one on, e.g. "
+                    "'linear:0.1:1', or 'window:0:0.5' followed by 'window:0.5:1'."
+                )
 
 
-def is_regression(config: Any) -> bool:
-    """Whether a sequence classification model predicts one value.
-
-    Raises:
-        ValueError: If it solves a problem that hf_kd does not distil.
-    """
-    expected = "regression" if config.num_labels == 1 else "single_label_classification"
-    if config.problem_type not in (None, expected):
-        raise ValueError(
-            f"problem_type={config.problem_type!r} with num_labels={config.num_labels} cannot be distilled; one label "
-            "per row (num_labels >= 2) and one-value regression (num_labels=1) can."
-        )
-    return config.num_labels == 1
+def _first_token(signals: Signals, layer: int) -> Tensor:
+    return losses.first_token(signals.hidden[layer], signals.attention_mask)
 
 
-def _scores(signals: Signals, layer: int) -> Tensor:
-    return losses.attention_scores(signals.queries[layer], signals.keys[layer])
+def _reach(student: Signals, student_layer: int, teacher: Signals, teacher_layer: int) -> int | None:
+    """Where one of two layers looks at its neighbours alone, only these can be compared."""
+    reaches = student.attention_reach.get(student_layer), teacher.attention_reach.get(teacher_layer)
+    return min((reach for reach in reaches if reach is not None), default=None)
+
+
+def _vectors(signals: Signals, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    return signals.queries[layer], signals.keys[layer], signals.values[layer]
