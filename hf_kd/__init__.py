@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .objective import AttentionTerm, DistillationObjective, HiddenTerm, LogitTerm, TaskTerm
+    from .objective import (
+        AttentionTerm,
+        CustomTerm,
+        DistillationObjective,
+        HiddenTerm,
+        LogitTerm,
+        RelationTerm,
+        Schedule,
+        TaskTerm,
+    )
+    from .signals.collator import DistillationCollator
     from .student import student_from_teacher
     from .trainer import DistillationTrainer
     from .training_args import DistillationTrainingArguments
@@ -15,16 +25,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionTerm",
+    "CustomTerm",
+    "DistillationCollator",
     "DistillationObjective",
     "DistillationTrainer",
     "DistillationTrainingArguments",
     "HiddenTerm",
     "LogitTerm",
+    "RelationTerm",
+    "Schedule",
     "TaskTerm",
     "student_from_teacher",
 ]
 
 _MODULES = {
+    "DistillationCollator": "signals.collator",
     "DistillationTrainer": "trainer",
     "DistillationTrainingArguments": "training_args",
     "student_from_teacher": "student",

@@ -404,7 +404,11 @@ def _dataset(task: TextTask, texts: dict[str, list[str]], labels: Sequence[int |
 
 
 def tokenize(
-    data: Dataset | DatasetDict, task: TextTask, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+    data: Dataset | DatasetDict,
+    task: TextTask,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    keep_texts: bool = False,
 ) -> Dataset | DatasetDict:
     """
     Turn the text columns into model inputs, truncated and not padded, and rename `label` to `labels`.
@@ -414,6 +418,8 @@ def tokenize(
         task (`TextTask`): Names the text columns.
         tokenizer (`PreTrainedTokenizerBase`): Segment ids are written if they are among its `model_input_names`.
         max_seq_length (`int`): Longest input in tokens, special tokens included.
+        keep_texts (`bool`, *optional*, defaults to `False`):
+            Whether the text columns stay, for a teacher with a tokenizer of its own.
 
     Returns:
         `Dataset` or `DatasetDict`: `input_ids`, `attention_mask`, `token_type_ids` and `labels`.
@@ -435,7 +441,8 @@ def tokenize(
         )
         return dict(inputs)
 
-    encoded = data.map(encode, batched=True, remove_columns=list(task.text_columns), desc=f"Tokenizing {task.name}")
+    removed = [] if keep_texts else list(task.text_columns)
+    encoded = data.map(encode, batched=True, remove_columns=removed, desc=f"Tokenizing {task.name}")
     return encoded.rename_column("label", "labels")
 
 

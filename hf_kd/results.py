@@ -93,8 +93,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main_values(rows: Sequence[dict[str, Any]], task: str, role: str) -> list[float]:
-    """Main metric in points of 100, once per seed."""
-    by_seed = {row["seed"]: row for row in rows if (row["task"], row["role"]) == (task, role)}
+    """Main metric in points of 100, once per seed, or once per teacher of several."""
+    by_seed = {(row["seed"], row.get("teacher")): row for row in rows if (row["task"], row["role"]) == (task, role)}
     return [100 * row["metrics"][row["main_metric"]["split"]][row["main_metric"]["name"]] for row in by_seed.values()]
 
 

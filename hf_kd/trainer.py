@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import DistributedType
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .objective import AttentionTerm, DistillationObjective
-from .signals import Capture, ItemCounts, Signals, Teacher, count_items
+from .objective import DistillationObjective
+from .signals import Capture, ItemCounts, Signals, Teacher, TeacherEnsemble, count_items, labels_of, problem_of
 from .signals.capture import columns_for, forward_columns
 from .signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer
 from .training_args import DistillationTrainingArguments
 
 
 PROJECTION_NAME = "projection.safetensors"
+TeacherModel: TypeAlias = PreTrainedModel | str | os.PathLike
 
 
 class DistillationTrainer(Trainer):
@@ -36,8 +37,8 @@ class DistillationTrainer(Trainer):
         model ([`~transformers.PreTrainedModel`]): The student.
         args ([`DistillationTrainingArguments`] or [`~transformers.TrainingArguments`], *optional*):
             Plain training arguments get the distillation's defaults.
-        teacher_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
-            The teacher, or the folder or Hub id of one. Needed unless the task term alone is on.
+        teacher_model ([`~transformers.PreTrainedModel`] or `str`, or a list of them, *optional*):
+            The teacher, or the folder or Hub id of one; a list for several. Needed unless the task term alone is on.
         objective ([`DistillationObjective`], *optional*): The terms; by default those that `args` describes.
         kwargs: Everything else that `Trainer` takes.
 
@@ -56,7 +57,7 @@ class DistillationTrainer(Trainer):
         model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         *trainer_args: Any,
-        teacher_model: PreTrainedModel | str | os.PathLike | None = None,
+        teacher_model: TeacherModel | Sequence[TeacherModel] | None = None,
         objective: DistillationObjective | None = None,
         **kwargs: Any,
     ):
@@ -70,8 +71,8 @@ class DistillationTrainer(Trainer):
         if objective is not None:
             args.check_objective_alone_describes_the_terms()
         self._given_objective = objective
-        self._given_teacher_model = teacher_model
-        self.teacher: Teacher | None = None
+        self._given_teachers = list(teacher_model) if isinstance(teacher_model, list | tuple) else [teacher_model]
+        self.teacher: Teacher | TeacherEnsemble | None = None
         self._set_up_distillation()
         self.add_callback(_ProjectionCallback(self))
         # compute_loss divides by the items of the whole optimisation step, so the Trainer must not divide by the
@@ -83,21 +84,31 @@ class DistillationTrainer(Trainer):
         """Fit objective, teacher and student together; again for each student that model_init makes."""
         objective = self.args.objective() if self._given_objective is None else self._given_objective
         self.distillation_objective: DistillationObjective = objective
-        if self.teacher is None and objective.needs_teacher and self._given_teacher_model is not None:
-            self.teacher = self._load_teacher(self._given_teacher_model)
-        objective.bind(self.model.config, self.teacher and self.teacher.model.config).to(self.args.device)
+        # A collator that writes the texts in the teacher's tokens too; its rows have no tokens in common.
+        reads_own_tokens = getattr(self.data_collator, "teacher_tokenizer", None) is not None
+        self.problem = problem_of(self.model)
+        if self.teacher is None and objective.needs_teacher and self._given_teachers[0] is not None:
+            teachers = [self._load_teacher(teacher, reads_own_tokens) for teacher in self._given_teachers]
+            self.teacher = teachers[0] if len(teachers) == 1 else TeacherEnsemble(teachers)
+        objective.bind(
+            self.model.config,
+            self.teacher and self.teacher.config,
+            problem=self.problem,
+            shares_tokens=not reads_own_tokens,
+        )
+        objective.to(self.args.device)
         if self.teacher is not None:
-            self.teacher.watch(objective.teacher_wanted)
+            self.teacher.watch(objective.teacher_wanted)  # type: ignore[arg-type]
         self.student_columns = forward_columns(self.model)
         self.capture = Capture(self.model, objective.student_wanted)
         self._check_gradient_checkpointing()
         self._prepare_projections()
         self._term_sums: dict[str, Tensor] = {}
-        self._steps_in_sums = 0
+        self._steps_in_sums: dict[str, set[int]] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         # Steps after the last log of an earlier run are not part of this one.
-        self._term_sums, self._steps_in_sums = {}, 0
+        self._term_sums, self._steps_in_sums = {}, {}
         return super().train(*args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -114,7 +125,8 @@ class DistillationTrainer(Trainer):
         """Keep the columns of both: a DistilBERT student declares no token_type_ids, its BERT teacher reads them."""
         super()._set_signature_columns_if_needed()
         if self.teacher is not None:
-            self._signature_columns = sorted({*self._signature_columns, *(self.teacher.columns or ())})
+            texts = getattr(self.data_collator, "text_columns", ())
+            self._signature_columns = sorted({*self._signature_columns, *self.teacher.columns, *texts})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -123,10 +135,11 @@ class DistillationTrainer(Trainer):
         batches, num_labels = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        counts = torch.stack([torch.stack(count_items(batch)) for batch in batches]).sum(dim=0).to(device)
+        counts = (
+            torch.stack([torch.stack(count_items(batch, self.problem)) for batch in batches]).sum(dim=0).to(device)
+        )
         counts = self.accelerator.reduce(counts, reduction="sum").clamp(min=1)
         self._num_labels_in_step = num_labels
-        self._steps_in_sums += 1
         # DDP averages gradients over the processes: dividing by the mean count makes that the sum over all of them.
         return batches, ItemCounts(*(counts / self.accelerator.num_processes))
 
@@ -154,26 +167,29 @@ class DistillationTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch)
 
-        labels = student_inputs.pop("labels", None)
+        labels = labels_of(student_inputs, self.problem)
+        for name in ("labels", "start_positions", "end_positions"):
+            student_inputs.pop(name, None)  # the task term is the objective's
         with self.capture:
             outputs = model(**student_inputs, **self.capture.forward_kwargs)
         student = self.capture.signals(outputs, student_inputs)
-        teacher = self._teacher_signals(inputs)
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        teacher = self._teacher_signals(inputs, progress)
         task_loss = None
         if self.compute_loss_func is not None:
             task_loss = self.compute_loss_func(outputs, labels, num_items_in_batch=self._num_labels_in_step)
             if self.args.average_tokens_across_devices and self._num_labels_in_step is not None:
                 task_loss = task_loss * self.accelerator.num_processes
-        terms = self._objective(student, teacher, labels, num_items_in_batch, task_loss)
+        terms = self._objective(student, teacher, labels, num_items_in_batch, task_loss, progress)
         self._record(terms)
-        loss = self.distillation_objective.weighted_sum(terms)
-        if not self.distillation_objective.uses_logits:
+        loss = self.distillation_objective.weighted_sum(terms, progress)
+        if not self.distillation_objective.uses_logits(progress):
             # Every parameter gets a gradient, as DDP needs, and as it then must be on one process too.
-            loss = loss + 0.0 * outputs.logits.float().sum()
+            loss = loss + 0.0 * student.logits.float().sum()
         return (loss, outputs) if return_outputs else loss
 
-    def _teacher_signals(self, inputs: dict[str, Any]) -> Signals | None:
-        if self.teacher is None:
+    def _teacher_signals(self, inputs: dict[str, Any], progress: float) -> Signals | list[Signals] | None:
+        if self.teacher is None or not self.distillation_objective.compares_with_teacher(progress):
             return None
         # accelerate gives its autocast to the forward of prepared models alone, and the teacher is not prepared.
         with self.accelerator.autocast():
@@ -184,14 +200,18 @@ class DistillationTrainer(Trainer):
     def _record(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
             self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
+            self._steps_in_sums.setdefault(name, set()).add(self.state.global_step)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the unweighted value of each term, averaged like the loss over steps and processes."""
+        """Add the unweighted value of each term, averaged like the loss over processes and the steps it was on."""
         if "loss" in logs and self._term_sums:
-            values = torch.stack(list(self._term_sums.values())) / max(self._steps_in_sums, 1)
+            num_steps = [len(steps) for steps in self._steps_in_sums.values()]
+            values = torch.stack(list(self._term_sums.values()))
             values = self.accelerator.reduce(values, reduction="mean").tolist()
-            logs.update(zip(self._term_sums, values, strict=True))
-            self._term_sums, self._steps_in_sums = {}, 0
+            logs.update(
+                {name: value / steps for name, value, steps in zip(self._term_sums, values, num_steps, strict=True)}
+            )
+            self._term_sums, self._steps_in_sums = {}, {}
         super().log(logs, *args, **kwargs)
 
     # Projections: trained, clipped, synchronised, saved and restored with the student, and no part of it
@@ -204,7 +224,7 @@ class DistillationTrainer(Trainer):
         missing = [p for p in self.distillation_objective.parameters() if id(p) not in known]
         if missing and not is_own:
             raise ValueError(
-                "the optimizer passed as `optimizers` does not hold the projections of hidden_loss; pass "
+                "the optimizer passed as `optimizers` does not hold the projections of hidden states; pass "
                 "objective=objective after objective.bind(student.config, teacher.config), with "
                 "objective.parameters() in the optimizer."
             )
@@ -241,14 +261,14 @@ class DistillationTrainer(Trainer):
 
     # Checks before training
 
-    def _load_teacher(self, teacher_model: PreTrainedModel | str | os.PathLike) -> Teacher:
+    def _load_teacher(self, teacher_model: TeacherModel, reads_own_tokens: bool) -> Teacher:
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "DeepSpeed ZeRO-3 would shard the teacher's weights away; use DDP "
                 "(recipes/accelerate_configs/ddp.yaml) or ZeRO-2."
             )
         if isinstance(teacher_model, str | os.PathLike):
-            if hasattr(self.processing_class, "get_vocab"):
+            if hasattr(self.processing_class, "get_vocab") and not reads_own_tokens:
                 check_tokenizers(self.processing_class, load_teacher_tokenizer(teacher_model))
             teacher_model = load_teacher(teacher_model)
         if {id(p) for p in teacher_model.parameters()} & {id(p) for p in self.model.parameters()}:
@@ -256,14 +276,27 @@ class DistillationTrainer(Trainer):
                 "teacher_model and model share parameters, which the teacher would freeze; make the student with "
                 "student_from_teacher(teacher, num_layers=3) or from copy.deepcopy(teacher)."
             )
-        return Teacher(teacher_model, self.model.config, dtype=self.args.teacher_dtype, device=self.args.device)
+        if problem_of(teacher_model) != self.problem:
+            raise ValueError(
+                f"the teacher {type(teacher_model).__name__} solves {problem_of(teacher_model)}, the student "
+                f"{type(self.model).__name__} {self.problem}; load both with the same Auto class, and the student "
+                "with the teacher's num_labels and problem_type."
+            )
+        return Teacher(
+            teacher_model,
+            self.model.config,
+            dtype=self.args.teacher_dtype,
+            device=self.args.device,
+            reads_own_tokens=reads_own_tokens,
+        )
 
     def _check_gradient_checkpointing(self) -> None:
-        wants_attention = any(isinstance(term, AttentionTerm) for term in self.distillation_objective.terms)
+        wants_attention = self.distillation_objective.needs_attention
         if wants_attention and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} drops the gradient of queries and keys, so "
-                "attention_loss would train nothing; set gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "gradient_checkpointing_kwargs={'use_reentrant': True} drops the gradient of queries, keys and "
+                "values, so the attention and relation terms would train nothing; set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
 
 

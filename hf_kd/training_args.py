@@ -8,15 +8,30 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from .objective.objective import (
+from .objective.objective import DistillationObjective
+from .objective.terms import (
     AttentionLossType,
     AttentionTerm,
-    DistillationObjective,
+    HeadReduction,
     HiddenLossType,
     HiddenTerm,
     LogitLossType,
     LogitTerm,
+    RelationLossType,
+    RelationTerm,
     TaskTerm,
+    TeacherReduction,
+)
+
+
+# Fields that describe the terms; an objective replaces them all.
+_WEIGHTS = tuple(f"{term}_loss_weight" for term in ("task", "logit", "hidden", "attention", "relation"))
+_TERM_FIELDS = (
+    *_WEIGHTS,
+    *("temperature", "logit_loss_type", "hidden_loss_type", "attention_loss_type", "relation_loss_type"),
+    *("layer_mapping", "relation_layer_mapping", "relation_heads", "head_reduction"),
+    *("task_loss_schedule", "logit_loss_schedule", "hidden_loss_schedule", "attention_loss_schedule"),
+    *("relation_loss_schedule", "temperature_schedule", "teacher_weights", "teacher_reduction"),
 )
 
 
@@ -37,13 +52,31 @@ class DistillationTrainingArguments(TrainingArguments):
             states.
         attention_loss_weight (`float`, *optional*, defaults to 0.0): Weight of the loss against the teacher's
             attention.
-        temperature (`float`, *optional*, defaults to 2.0): Softening of the logits in `"kl"` and `"soft_ce"`.
-        logit_loss_type (`str`, *optional*): `"kl"`, `"soft_ce"` or `"mse"`; by default `"kl"`, and `"mse"` for
-            regression.
-        hidden_loss_type (`str`, *optional*, defaults to `"mse"`): `"mse"` or `"cosine"`.
-        attention_loss_type (`str`, *optional*, defaults to `"mse"`): `"mse"` (scores) or `"kl"` (distributions).
+        relation_loss_weight (`float`, *optional*, defaults to 0.0): Weight of the loss against relations within the
+            teacher.
+        temperature (`float`, *optional*, defaults to 2.0): Softening of the logits, in every type but `"mse"`.
+        logit_loss_type (`str`, *optional*):
+            `"kl"`, `"soft_ce"`, `"reverse_kl"`, `"js"`, `"mse"`, `"dist"`, `"standardized_kl"` or `"decoupled_kl"`; by
+            default `"kl"`, and `"mse"` for regression.
+        hidden_loss_type (`str`, *optional*, defaults to `"mse"`):
+            `"mse"`, `"cosine"`, `"pkd"`, `"gram"` or `"nst"`.
+        attention_loss_type (`str`, *optional*, defaults to `"mse"`):
+            `"mse"` (scores), `"kl"` or `"cosine"` (distributions).
+        head_reduction (`str`, *optional*): `"mean"` compares the attention's mean over heads.
+        relation_loss_type (`str`, *optional*, defaults to `"minilm_v2"`):
+            `"minilm_v2"`, `"minilm_v1"`, `"similarity"`, `"rkd"`, `"pkt"`, `"correlation"` or `"crd"`.
+        relation_heads (`int`, *optional*): Relation heads of `"minilm_v2"`; by default the largest common divisor of
+            both widths up to 48.
         layer_mapping (`str`, *optional*, defaults to `"uniform"`): Which student layer learns from which teacher
-            layer.
+            layer, for hidden states and attention.
+        relation_layer_mapping (`str`, *optional*, defaults to `"last"`): The same for relations.
+        task_loss_schedule (`str`, *optional*): Factor of the weight over training: `"constant"`, `"linear:1:0"`, `"cosine:1:0"`
+            or `"window:0:0.5"`. Likewise `logit_loss_schedule`, `hidden_loss_schedule`, `attention_loss_schedule` and
+            `relation_loss_schedule`.
+        temperature_schedule (`str`, *optional*): Factor of the temperature, likewise.
+        teacher_weights (`list[float]`, *optional*): Shares of several teachers; all alike by default.
+        teacher_reduction (`str`, *optional*, defaults to `"probabilities"`): Mean of several teachers over softened
+            `"probabilities"` or over `"logits"`.
         teacher_dtype (`str`, *optional*): Dtype the teacher runs in; by default the one it is loaded in, under the
             run's autocast.
 
@@ -67,19 +100,47 @@ class DistillationTrainingArguments(TrainingArguments):
         default=0.0,
         metadata={"help": "Weight of the loss against the teacher's attention, >= 0. 0 switches the term off."},
     )
+    relation_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the loss against relations in the teacher, >= 0. 0 switches the term off."},
+    )
 
     # Forms of the terms
     temperature: float = field(
-        default=2.0, metadata={"help": "Softening of both distributions in the logit loss 'kl' and 'soft_ce', > 0."}
+        default=2.0, metadata={"help": "Softening of both distributions in every logit loss but 'mse', > 0."}
     )
     logit_loss_type: LogitLossType | None = field(
         default=None,
-        metadata={"help": "Logit loss: 'kl', 'soft_ce' or 'mse'. Default: 'kl' for classes, 'mse' for regression."},
+        metadata={
+            "help": "Logit loss: 'kl', 'soft_ce', 'reverse_kl', 'js', 'mse', 'dist', 'standardized_kl' or "
+            "'decoupled_kl'. Default: 'kl' for classes, 'mse' for regression."
+        },
     )
-    hidden_loss_type: HiddenLossType = field(default="mse", metadata={"help": "Hidden state loss: 'mse' or 'cosine'."})
+    hidden_loss_type: HiddenLossType = field(
+        default="mse", metadata={"help": "Hidden state loss: 'mse', 'cosine', 'pkd', 'gram' or 'nst'."}
+    )
     attention_loss_type: AttentionLossType = field(
         default="mse",
-        metadata={"help": "Attention loss: 'mse' between scores before the softmax, or 'kl' between distributions."},
+        metadata={
+            "help": "Attention loss: 'mse' between scores before the softmax, 'kl' or 'cosine' between distributions."
+        },
+    )
+    head_reduction: HeadReduction | None = field(
+        default=None,
+        metadata={"help": "'mean' compares the attention's mean over heads, whose numbers may differ."},
+    )
+    relation_loss_type: RelationLossType = field(
+        default="minilm_v2",
+        metadata={
+            "help": "Relation loss: 'minilm_v2' or 'minilm_v1' between the tokens of a row; 'similarity', 'rkd', "
+            "'pkt', 'correlation' or 'crd' between the rows of a batch."
+        },
+    )
+    relation_heads: int | None = field(
+        default=None,
+        metadata={
+            "help": "Relation heads of 'minilm_v2', a common divisor of both widths. Default: the largest up to 48."
+        },
     )
     layer_mapping: str = field(
         default="uniform",
@@ -88,8 +149,43 @@ class DistillationTrainingArguments(TrainingArguments):
             "'last', 'first', or pairs such as '1:4,2:8'. 0 is the embeddings (hidden states only)."
         },
     )
+    relation_layer_mapping: str = field(
+        default="last",
+        metadata={"help": "The same for relations; MiniLM compares one layer, the last of the student."},
+    )
 
-    # The teacher
+    # Schedules
+    task_loss_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of task_loss_weight over training: 'constant', 'linear:1:0' and 'cosine:1:0' (from, to), "
+            "or 'window:0:0.5' (on between two shares of the steps). Default: constant."
+        },
+    )
+    logit_loss_schedule: str | None = field(
+        default=None, metadata={"help": "Factor of logit_loss_weight over training, as task_loss_schedule."}
+    )
+    hidden_loss_schedule: str | None = field(
+        default=None, metadata={"help": "Factor of hidden_loss_weight over training, as task_loss_schedule."}
+    )
+    attention_loss_schedule: str | None = field(
+        default=None, metadata={"help": "Factor of attention_loss_weight over training, as task_loss_schedule."}
+    )
+    relation_loss_schedule: str | None = field(
+        default=None, metadata={"help": "Factor of relation_loss_weight over training, as task_loss_schedule."}
+    )
+    temperature_schedule: str | None = field(
+        default=None, metadata={"help": "Factor of temperature over training, > 0, e.g. 'linear:1:0.5'."}
+    )
+
+    # The teachers
+    teacher_weights: list[float] | None = field(
+        default=None, metadata={"help": "Shares of several teachers, each > 0. Default: all alike."}
+    )
+    teacher_reduction: TeacherReduction = field(
+        default="probabilities",
+        metadata={"help": "Mean of several teachers over their softened 'probabilities' or their 'logits'."},
+    )
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None,
         metadata={"help": "Dtype the teacher runs in. Default: the one it is loaded in, under the run's autocast."},
@@ -100,7 +196,7 @@ class DistillationTrainingArguments(TrainingArguments):
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs: Any = {"use_reentrant": False}
         super().__post_init__()
-        for name in ("task_loss_weight", "logit_loss_weight", "hidden_loss_weight", "attention_loss_weight"):
+        for name in _WEIGHTS:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value} must be a finite number >= 0; 0 switches the term off.")
@@ -125,14 +221,10 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def check_objective_alone_describes_the_terms(self) -> None:
         """Raise a `ValueError` if fields that an objective replaces are set: nothing would read them."""
-        own = (
-            *("task_loss_weight", "logit_loss_weight", "hidden_loss_weight", "attention_loss_weight"),
-            *("temperature", "logit_loss_type", "hidden_loss_type", "attention_loss_type", "layer_mapping"),
-        )
         is_set = [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in fields(self)
-            if f.name in own and getattr(self, f.name) != f.default
+            if f.name in _TERM_FIELDS and getattr(self, f.name) != f.default
         ]
         if is_set:
             raise ValueError(
@@ -144,9 +236,39 @@ class DistillationTrainingArguments(TrainingArguments):
         """The objective that these arguments describe, not bound to models yet."""
         return DistillationObjective(
             [
-                TaskTerm(self.task_loss_weight, label_smoothing=self.label_smoothing_factor),
-                LogitTerm(self.logit_loss_weight, type=self.logit_loss_type, temperature=self.temperature),
-                HiddenTerm(self.hidden_loss_weight, type=self.hidden_loss_type, layers=self.layer_mapping),
-                AttentionTerm(self.attention_loss_weight, type=self.attention_loss_type, layers=self.layer_mapping),
+                TaskTerm(
+                    self.task_loss_weight,
+                    label_smoothing=self.label_smoothing_factor,
+                    schedule=self.task_loss_schedule,
+                ),
+                LogitTerm(
+                    self.logit_loss_weight,
+                    type=self.logit_loss_type,
+                    temperature=self.temperature,
+                    teacher_weights=self.teacher_weights,
+                    teacher_reduction=self.teacher_reduction,
+                    schedule=self.logit_loss_schedule,
+                    temperature_schedule=self.temperature_schedule,
+                ),
+                HiddenTerm(
+                    self.hidden_loss_weight,
+                    type=self.hidden_loss_type,
+                    layers=self.layer_mapping,
+                    schedule=self.hidden_loss_schedule,
+                ),
+                AttentionTerm(
+                    self.attention_loss_weight,
+                    type=self.attention_loss_type,
+                    layers=self.layer_mapping,
+                    head_reduction=self.head_reduction,
+                    schedule=self.attention_loss_schedule,
+                ),
+                RelationTerm(
+                    self.relation_loss_weight,
+                    type=self.relation_loss_type,
+                    layers=self.relation_layer_mapping,
+                    relation_heads=self.relation_heads,
+                    schedule=self.relation_loss_schedule,
+                ),
             ]
         )
