@@ -21,7 +21,7 @@ def shrink(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     - Hidden dimensions, one set for the whole model: those that the blocks' linear layers read with the largest
       weights, times the gains of the blocks' LayerNorms (squares, summed; the gains as in Network Slimming,
       https://arxiv.org/abs/1708.06519). What reads them is scaled by `sqrt(old / new)`, since its sums have fewer terms.
-    - Heads, in each block: those with the largest products of weights, `|query| |key| |value| |output|`.
+    - Heads, in each block: those that can write most, by the norm of the product of their output and value weights.
     - Dimensions of a head: attention depends on the products of query with key and of output with value only. Both are
       replaced by their best approximation of the new rank (singular value decomposition), which is never worse than
       choosing dimensions. `sqrt` of the head size, which divides the scores, is made up for.
@@ -65,9 +65,7 @@ def shrink(model: PreTrainedModel, config: Any) -> PreTrainedModel:
         width = student.get_submodule(f"{block}.{family.feed_forward_in}").out_features
         _shrink_feed_forward(state, family, block, width)
     shapes = {name: tensor.shape for name, tensor in student.state_dict().items()}
-    unknown = sorted(
-        name for name in {*state, *shapes} if name not in state or state[name].shape != shapes.get(name)
-    )
+    unknown = sorted(name for name in {*state, *shapes} if name not in state or state[name].shape != shapes.get(name))
     if unknown:
         raise ValueError(
             f"how to shrink {', '.join(unknown[:3])}{' and more' if len(unknown) > 3 else ''} of {type(model).__name__} "
@@ -139,12 +137,11 @@ def _choose_heads(
     state: State, model: PreTrainedModel, family: SplitFamily, blocks: list[str], num_heads: int
 ) -> dict[str, Tensor]:
     """Block to the heads that it keeps; what the blocks share for each head is reduced with them."""
-    old = model.config.num_attention_heads
     scores = {}
     for block in blocks:
-        rows = [state[f"{block}.{path}.weight"] for path in (family.query, family.key, family.value)]
-        rows.append(state[f"{block}.{family.attention_output}.weight"].T)
-        scores[block] = torch.stack([row.reshape(old, -1).norm(dim=1) for row in rows]).prod(0)
+        value, output = state[f"{block}.{family.value}.weight"], state[f"{block}.{family.attention_output}.weight"].T
+        v, o = (x.unflatten(0, (model.config.num_attention_heads, -1)) for x in (value, output))
+        scores[block] = ((v @ v.mT) * (o @ o.mT)).sum((1, 2)).sqrt()  # the norm of output @ value, head by head
     one_head = copy.deepcopy(model.config)
     one_head.num_attention_heads = 1
     shared = [place for place, size in _axes_that_follow(model, one_head).items() if size == 1]

@@ -71,7 +71,8 @@ class DistillationTrainer(Trainer):
         if objective is not None:
             args.check_objective_alone_describes_the_terms()
         self._given_objective = objective
-        self._given_teachers = list(teacher_model) if isinstance(teacher_model, list | tuple) else [teacher_model]
+        several = isinstance(teacher_model, list | tuple)
+        self._given_teachers = list(teacher_model) if several else [teacher_model] if teacher_model is not None else []
         self.teacher: Teacher | TeacherEnsemble | None = None
         self._set_up_distillation()
         self.add_callback(_ProjectionCallback(self))
@@ -87,7 +88,7 @@ class DistillationTrainer(Trainer):
         # A collator that writes the texts in the teacher's tokens too; its rows have no tokens in common.
         reads_own_tokens = getattr(self.data_collator, "teacher_tokenizer", None) is not None
         self.problem = problem_of(self.model)
-        if self.teacher is None and objective.needs_teacher and self._given_teachers[0] is not None:
+        if self.teacher is None and objective.needs_teacher and self._given_teachers:
             teachers = [self._load_teacher(teacher, reads_own_tokens) for teacher in self._given_teachers]
             self.teacher = teachers[0] if len(teachers) == 1 else TeacherEnsemble(teachers)
         objective.bind(

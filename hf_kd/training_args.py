@@ -65,8 +65,8 @@ class DistillationTrainingArguments(TrainingArguments):
         head_reduction (`str`, *optional*): `"mean"` compares the attention's mean over heads.
         relation_loss_type (`str`, *optional*, defaults to `"minilm_v2"`):
             `"minilm_v2"`, `"minilm_v1"`, `"similarity"`, `"rkd"`, `"pkt"`, `"correlation"` or `"crd"`.
-        relation_heads (`int`, *optional*): Relation heads of `"minilm_v2"`; by default the largest common divisor of
-            both widths up to 48.
+        relation_heads (`int`, *optional*): Relation heads of `"minilm_v2"`; by default as many as divide both
+            widths and have 16 dimensions of the teacher or more.
         layer_mapping (`str`, *optional*, defaults to `"uniform"`): Which student layer learns from which teacher
             layer, for hidden states and attention.
         relation_layer_mapping (`str`, *optional*, defaults to `"last"`): The same for relations.
@@ -139,7 +139,8 @@ class DistillationTrainingArguments(TrainingArguments):
     relation_heads: int | None = field(
         default=None,
         metadata={
-            "help": "Relation heads of 'minilm_v2', a common divisor of both widths. Default: the largest up to 48."
+            "help": "Relation heads of 'minilm_v2', a common divisor of both widths. Default: as many as have 16 "
+            "dimensions of the teacher or more."
         },
     )
     layer_mapping: str = field(

@@ -13,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset, DatasetDict
 from glue_setup import (
     DataArguments,
+    add_augmented,
     checkpoint_to_resume,
     evaluate_model,
     label_config,
@@ -38,7 +39,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_kd import DistillationTrainer, DistillationTrainingArguments, student_from_teacher
+from hf_kd import (
+    DistillationCollator,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    student_from_teacher,
+)
 from hf_kd.command_line import parse_args
 from hf_kd.glue import TextTask, compute_metrics_fn
 from hf_kd.results import format_table, write_results
@@ -52,7 +58,9 @@ logger = logging.get_logger("hf_kd.recipes.glue_distill")
 class ModelArguments:
     """The teacher, and how to make the student."""
 
-    teacher_model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a fine-tuned teacher."})
+    teacher_model_name_or_path: list[str] = field(
+        metadata={"help": "Folder or Hub id of a fine-tuned teacher, or of several, which are averaged."}
+    )
     teacher_label_names: list[str] | None = field(
         default=None,
         metadata={"help": "Names of the teacher's classes in its order, where its config says LABEL_0, LABEL_1."},
@@ -66,11 +74,20 @@ class ModelArguments:
     student_layers: list[int] | None = field(
         default=None, metadata={"help": "Copy these teacher layers, counted from 1, e.g. 2 4 6."}
     )
-    student_hidden_size: int | None = field(
-        default=None, metadata={"help": "A smaller width; the student starts random."}
-    )
+    student_hidden_size: int | None = field(default=None, metadata={"help": "A smaller width."})
     student_intermediate_size: int | None = field(default=None, metadata={"help": "A smaller feed-forward width."})
     student_num_attention_heads: int | None = field(default=None, metadata={"help": "Fewer heads."})
+    student_init: Literal["importance", "random"] = field(
+        default="importance",
+        metadata={"help": "A narrower student starts from the teacher's most important weights, or at random."},
+    )
+    separate_tokenizers: bool = field(
+        default=False,
+        metadata={
+            "help": "Student and teacher read the texts with tokenizers of their own; only logits and what belongs to "
+            "a whole row can be compared then."
+        },
+    )
     run_baseline: bool = field(
         default=False,
         metadata={"help": "Also train the same student without the teacher, for as many steps, and print both."},
@@ -85,6 +102,11 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.separate_tokenizers and self.student_model_name_or_path is None:
+            raise ValueError(
+                "separate_tokenizers is for a student with a tokenizer of its own; give one with "
+                "--student_model_name_or_path, or drop the flag."
+            )
         flags = ("layers", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads")
         is_set = [f"--student_{name}" for name in flags if getattr(self, f"student_{name}") is not None]
         if self.student_model_name_or_path is not None and is_set:
@@ -101,14 +123,23 @@ def main() -> None:
     )
     if model_args.export_onnx:
         check_export_is_installed()
-    data, task = load_data(data_args, args.seed)
+    data, task = load_data(data_args, args.seed, has_teacher=True)
     texts = data
-    teacher = load_task_teacher(model_args, task)
+    teachers = load_task_teachers(model_args, task)
     tokenizer, student_tokenizer = load_tokenizers(model_args)
-    data = tokenize_data(data, task, tokenizer, data_args, args)
     splits = measured_splits(data, task)
     # Before hours of training: a teacher that does not fit the data is found here.
-    rows = [evaluate_teacher(teacher, args, tokenizer, data, task, splits)]
+    evaluated = DatasetDict({split: data[split] for split in splits})
+    evaluated = tokenize_data(evaluated, task, tokenizer, data_args, args)
+    rows = evaluate_teachers(teachers, args, tokenizer, evaluated, task)
+    data = add_augmented(data, task, tokenizer, data_args, args)
+    collator: Any = DataCollatorWithPadding(tokenizer)
+    if model_args.separate_tokenizers:
+        collator = DistillationCollator(
+            student_tokenizer, tokenizer, text_columns=task.text_columns, max_length=data_args.max_seq_length
+        )
+    reader = student_tokenizer if model_args.separate_tokenizers else tokenizer
+    data = tokenize_data(data, task, reader, data_args, args, keep_texts=model_args.separate_tokenizers)
 
     def train(
         role: str, output_dir: Path, train_dataset: Dataset, **changes: Any
@@ -121,13 +152,13 @@ def main() -> None:
             run_args = dataclasses.replace(args, output_dir=str(folder), learning_rate=learning_rate, **changes)
             set_seed(args.seed)
             trainer = DistillationTrainer(
-                model=make_student(model_args, teacher, task),
+                model=make_student(model_args, teachers[0], task),
                 args=run_args,
-                teacher_model=teacher,
+                teacher_model=teachers,
                 train_dataset=train_dataset,
                 eval_dataset=data[task.validation_splits[0]],
                 processing_class=student_tokenizer,
-                data_collator=DataCollatorWithPadding(tokenizer),
+                data_collator=collator,
                 compute_metrics=compute_metrics_fn(task),
             )
             trainer.train(resume_from_checkpoint=checkpoint_to_resume(args, folder))
@@ -161,9 +192,10 @@ def main() -> None:
     if model_args.run_baseline:
         # As many steps as the student, on the rows that it can use.
         changes = {"task_loss_weight": 1.0, "max_steps": student_row["steps"]}
-        changes |= dict.fromkeys(("logit_loss_weight", "hidden_loss_weight", "attention_loss_weight"), 0.0)
+        distilled = ("logit", "hidden", "attention", "relation")
+        changes |= {f"{term}_loss_weight": 0.0 for term in distilled} | {"task_loss_schedule": None}
         _, row = train("baseline", Path(args.output_dir) / "baseline", labeled(data["train"]), **changes)
-        rows.insert(1, row)
+        rows.insert(-1, row)
 
     if student_trainer.is_world_process_zero():
         write_results(Path(args.output_dir) / "results.json", rows)
@@ -193,30 +225,33 @@ def export_student(folder: str, data_args: DataArguments, data: DatasetDict, tas
         logger.warning(f"The student is trained and saved, and exported in float32 alone: {error}")
 
 
-def load_task_teacher(model_args: ModelArguments, task: TextTask) -> PreTrainedModel:
-    """The teacher, its classes in the task's order."""
-    teacher = load_teacher(model_args.teacher_model_name_or_path)
-    if model_args.teacher_label_names is not None:
-        teacher.config.id2label = dict(enumerate(model_args.teacher_label_names))
-    if task.label_names is not None:
-        reorder_labels(teacher, task.label_names)
-    return teacher
+def load_task_teachers(model_args: ModelArguments, task: TextTask) -> list[PreTrainedModel]:
+    """The teachers, their classes in the task's order."""
+    teachers = [load_teacher(path) for path in model_args.teacher_model_name_or_path]
+    for teacher in teachers:
+        if model_args.teacher_label_names is not None:
+            teacher.config.id2label = dict(enumerate(model_args.teacher_label_names))
+        if task.label_names is not None:
+            reorder_labels(teacher, task.label_names)
+    return teachers
 
 
 def load_tokenizers(model_args: ModelArguments) -> tuple[Any, Any]:
-    """The tokenizer that reads the data, and the one that is saved with the student; their tokens are the same.
+    """The tokenizer that reads the data, and the one that is saved with the student; their tokens are the same, but
+    with `--separate_tokenizers`.
 
     The teacher's reads: a DistilBERT student's own one writes no segments, which a BERT teacher was trained with.
     """
-    teacher_tokenizer = load_teacher_tokenizer(model_args.teacher_model_name_or_path)
+    teacher_path, *other_paths = model_args.teacher_model_name_or_path
+    teacher_tokenizer = load_teacher_tokenizer(teacher_path)
     path = model_args.student_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(path) if path is not None else teacher_tokenizer
-    if tokenizer is None:
-        raise ValueError(
-            f"{model_args.teacher_model_name_or_path} holds no tokenizer; save it there with "
-            "tokenizer.save_pretrained(folder)."
-        )
-    check_tokenizers(tokenizer, teacher_tokenizer)
+    if tokenizer is None or (model_args.separate_tokenizers and teacher_tokenizer is None):
+        raise ValueError(f"{teacher_path} holds no tokenizer; save it there with tokenizer.save_pretrained(folder).")
+    if not model_args.separate_tokenizers:
+        check_tokenizers(tokenizer, teacher_tokenizer)
+    for other_path in other_paths:
+        check_tokenizers(teacher_tokenizer or tokenizer, load_teacher_tokenizer(other_path))
     return teacher_tokenizer or tokenizer, tokenizer
 
 
@@ -236,27 +271,32 @@ def make_student(model_args: ModelArguments, teacher: PreTrainedModel, task: Tex
         hidden_size=model_args.student_hidden_size,
         intermediate_size=model_args.student_intermediate_size,
         num_attention_heads=model_args.student_num_attention_heads,
+        init=model_args.student_init,
     )
 
 
-def evaluate_teacher(
-    teacher: PreTrainedModel,
+def evaluate_teachers(
+    teachers: list[PreTrainedModel],
     args: DistillationTrainingArguments,
     tokenizer: Any,
     data: DatasetDict,
     task: TextTask,
-    splits: tuple[str, ...],
-) -> dict[str, Any]:
-    """The teacher's row, measured as the student is."""
-    trainer = Trainer(
-        model=teacher,
-        args=dataclasses.replace(args, eval_strategy="no", load_best_model_at_end=False),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics_fn(task),
-    )
-    # It comes trained: the seed of the run that measures it says nothing about it.
-    return result_row("teacher", task, args, teacher, evaluate_model(trainer, data, splits), seed=None)
+) -> list[dict[str, Any]]:
+    """A row of each teacher, measured as the student is."""
+    rows = []
+    for index, teacher in enumerate(teachers):
+        trainer = Trainer(
+            model=teacher,
+            args=dataclasses.replace(args, eval_strategy="no", load_best_model_at_end=False),
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=compute_metrics_fn(task),
+        )
+        metrics = evaluate_model(trainer, data, tuple(data))
+        # It comes trained: the seed of the run that measures it says nothing about it.
+        more = {"teacher": index} if len(teachers) > 1 else {}
+        rows.append(result_row("teacher", task, args, teacher, metrics, seed=None, **more))
+    return rows
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from datasets import DatasetDict, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_kd.augmentation import augment
 from hf_kd.compat import hardware_defaults, length_grouping
 from hf_kd.demo_task import generate_demo_task
 from hf_kd.glue import (
@@ -55,6 +56,17 @@ class DataArguments:
         default=None, metadata={"help": "Train on the first so many rows after a shuffle."}
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows."})
+    augment: int = field(
+        default=0,
+        metadata={"help": "Up to so many variants of each labelled training row, which the teacher labels; 0: none."},
+    )
+    augment_masked_lm: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a masked language model, which replaces words in the variants. Default: "
+            "words are masked, and n-grams sampled."
+        },
+    )
 
     def __post_init__(self) -> None:
         has_files = self.train_file is not None or self.validation_file is not None
@@ -68,10 +80,16 @@ class DataArguments:
             raise ValueError("your own data needs both files: --train_file train.csv --validation_file dev.csv.")
         if self.task_name is not None and self.task_name not in (*GLUE_TASKS, "demo"):
             raise ValueError(f"task_name={self.task_name!r} must be one of {', '.join(GLUE_TASKS)}, demo.")
-        for name, lowest in (("max_seq_length", 3), ("max_train_samples", 1), ("max_eval_samples", 1)):
+        lowest_values = {"max_seq_length": 3, "max_train_samples": 1, "max_eval_samples": 1, "augment": 0}
+        for name, lowest in lowest_values.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ValueError(f"{name}={value} must be at least {lowest}.")
+        if self.augment_masked_lm is not None and self.augment == 0:
+            raise ValueError(
+                f"augment_masked_lm={self.augment_masked_lm!r} has nothing to do with augment=0; say how many "
+                "variants to make, for example --augment 20."
+            )
 
 
 def training_defaults() -> dict[str, Any]:
@@ -90,11 +108,17 @@ def training_defaults() -> dict[str, Any]:
     }
 
 
-def load_data(args: DataArguments, seed: int) -> tuple[DatasetDict, TextTask]:
+def load_data(args: DataArguments, seed: int, has_teacher: bool = False) -> tuple[DatasetDict, TextTask]:
     """The task's splits with text columns and `label`; unlabelled rows (-100) are part of `train`.
 
     A split `test` is what a task is measured on, if it has one; learning rates are chosen on the validation split.
+    With a teacher, `add_augmented` comes next.
     """
+    if args.augment > 0 and not has_teacher:
+        raise ValueError(
+            f"augment={args.augment} makes rows without a label, and there is no teacher here to label them; drop "
+            "--augment, or give it to glue_distill.py."
+        )
     if args.task_name == "demo":
         data, task = generate_demo_task(num_validation=1400)
         data["test"] = data["validation"].select(range(400, 1400))
@@ -112,6 +136,32 @@ def load_data(args: DataArguments, seed: int) -> tuple[DatasetDict, TextTask]:
     pools += [load_unlabeled_file(args.unlabeled_file, task)] if args.unlabeled_file else []
     data["train"] = concatenate_datasets([data["train"], *(pool.cast(data["train"].features) for pool in pools)])
     return data, task
+
+
+def add_augmented(
+    data: DatasetDict,
+    task: TextTask,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    training_args: TrainingArguments,
+) -> DatasetDict:
+    """`data` with the variants of `--augment` after the training rows; made on the first process, for all."""
+    if args.augment == 0:
+        return data
+    rows = labeled(data["train"], "label")
+    with training_args.main_process_first(desc="augmenting"):
+        variants = augment(
+            rows,
+            task.text_columns,
+            args.augment,
+            tokenizer=tokenizer,
+            seed=training_args.seed,
+            masked_lm=args.augment_masked_lm,
+            device=training_args.device,
+        )
+    if training_args.process_index == 0:
+        print(f"--augment {args.augment}: {len(variants)} variants of {len(rows)} labelled training rows.")
+    return DatasetDict({**data, "train": concatenate_datasets([data["train"], variants])})
 
 
 def checkpoint_to_resume(args: TrainingArguments, folder: str | Path) -> str | None:
@@ -140,15 +190,16 @@ def tokenize_data(
     tokenizer: PreTrainedTokenizerBase,
     args: DataArguments,
     training_args: TrainingArguments,
+    keep_texts: bool = False,
 ) -> DatasetDict:
     """Tokenize on the first process while the others wait for its cache."""
     with training_args.main_process_first(desc="tokenizing"):
-        return tokenize(data, task, tokenizer, args.max_seq_length)
+        return tokenize(data, task, tokenizer, args.max_seq_length, keep_texts)
 
 
-def labeled(dataset: Any) -> Any:
+def labeled(dataset: Any, column: str = "labels") -> Any:
     """The rows that have a label."""
-    is_labeled = np.flatnonzero(np.asarray(dataset.with_format("numpy")["labels"]) != UNLABELED)
+    is_labeled = np.flatnonzero(np.asarray(dataset.with_format("numpy")[column]) != UNLABELED)
     return dataset if len(is_labeled) == len(dataset) else dataset.select(is_labeled)
 
 

@@ -13,7 +13,10 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertTokenizerFast,
     DataCollatorWithPadding,
     set_seed,
@@ -28,17 +31,43 @@ VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 DISTILBERT = {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64, "dropout": 0.0, "attention_dropout": 0.0}
+# What a family needs besides: special tokens of VOCAB, windows shorter than the rows, the parts its checkpoints have.
+FAMILY_CHANGES = {
+    "albert": {"embedding_size": 16, "classifier_dropout_prob": 0.0},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 4,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+    },
+    "modernbert": {"local_attention": 4, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
+}
+MODEL_CLASSES = {
+    "single_label_classification": AutoModelForSequenceClassification,
+    "multi_label_classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+    "masked_lm": AutoModelForMaskedLM,
+}
+PROBLEM_CHANGES = {
+    "multi_label_classification": {"problem_type": "multi_label_classification", "num_labels": 3},
+    "regression": {"problem_type": "regression", "num_labels": 1},
+    "token_classification": {"num_labels": 3},
+}
 
 
-def make_model(family="bert", seed=0, **changes):
-    """A tiny sequence classification model with random weights, the same ones for the same seed."""
+def make_model(family="bert", seed=0, problem="single_label_classification", **changes):
+    """A tiny model for a problem with random weights, the same ones for the same seed."""
     shape = dict(DISTILBERT if family == "distilbert" else {**SHAPE, **NO_DROPOUT})
     names = {"num_hidden_layers": "n_layers", "hidden_size": "dim", "num_attention_heads": "n_heads"}
-    for name, value in changes.items():
+    for name, value in {**FAMILY_CHANGES.get(family, {}), **PROBLEM_CHANGES.get(problem, {}), **changes}.items():
         shape[names.get(name, name) if family == "distilbert" else name] = value
     common = {"vocab_size": len(VOCAB), "max_position_embeddings": 80, "pad_token_id": 0}
     set_seed(seed)
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(family, **{**common, **shape}))
+    model = MODEL_CLASSES[problem].from_config(AutoConfig.for_model(family, **{**common, **shape}))
     # The usual initialisation leaves a tiny model's logits near 0: make them differ between rows.
     with torch.no_grad():
         for parameter in model.parameters():

@@ -77,9 +77,9 @@ def make_trainer(make_args, collator):
         ({"temperature": 0}, ["logit_loss: temperature=0 must be a finite number > 0, usually 1 to 8"]),
         ({"temperature": -2.0}, ["logit_loss: temperature=-2.0 must be a finite number > 0"]),
         ({"temperature": NAN}, ["logit_loss: temperature=nan must be a finite number > 0"]),
-        ({"logit_loss_type": "kld"}, ["logit_loss_type='kld' must be one of 'kl', 'soft_ce', 'mse'"]),
+        ({"logit_loss_type": "kld"}, ["logit_loss_type='kld' must be one of 'kl', 'soft_ce', 'reverse_kl', 'js', 'mse'"]),
         ({"hidden_loss_type": "l1"}, ["hidden_loss_type='l1' must be one of 'mse', 'cosine'"]),
-        ({"attention_loss_type": "cosine"}, ["attention_loss_type='cosine' must be one of 'mse', 'kl'"]),
+        ({"attention_loss_type": "cos"}, ["attention_loss_type='cos' must be one of 'mse', 'kl', 'cosine'"]),
         ({"teacher_dtype": "fp16"}, ["teacher_dtype='fp16' must be one of 'float32', 'bfloat16', 'float16'"]),
         ({"label_smoothing_factor": 1.5}, ["task_loss: label_smoothing=1.5 must be between 0 and 1"]),
     ],
@@ -99,7 +99,7 @@ def labels_of(*names):
     return {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
 
 
-SAME_HEADS = "make a student with num_attention_heads=4, or set attention_loss_weight=0"
+SAME_HEADS = "use relation_loss_weight=1 with relation_loss_type='minilm_v2'"
 
 
 @pytest.mark.parametrize(
@@ -160,17 +160,17 @@ SAME_HEADS = "make a student with num_attention_heads=4, or set attention_loss_w
         ),
         pytest.param(
             ATTENTION,
-            {"family": "albert"},
+            {"family": "convbert"},
             {},
-            ["model type 'albert'", "bert, distilbert, electra, roberta, xlm-roberta", "set attention_loss_weight=0"],
+            ["model type 'convbert'", "albert, bert, camembert, distilbert, electra", "set attention_loss_weight=0"],
             id="attention of an unknown student family",
         ),
         pytest.param(
             ATTENTION,
             {},
             {"family": "deberta-v2"},
-            ["model type 'deberta-v2'", "bert, distilbert, electra, roberta, xlm-roberta", "attention_loss_weight=0"],
-            id="attention of an unknown teacher family",
+            ["model type 'deberta-v2'", "disentangled", "relation_loss_type='similarity'", "attention_loss_weight=0"],
+            id="attention of a teacher that has none to compare",
         ),
         pytest.param(
             {},
@@ -211,13 +211,17 @@ SAME_HEADS = "make a student with num_attention_heads=4, or set attention_loss_w
             id="soft_ce of one logit",
         ),
         pytest.param(
+            {"logit_loss_type": "standardized_kl"},
+            {},
+            {},
+            ["logit_loss_type='standardized_kl' with 2 labels", "would train nothing; use 'kl'"],
+            id="standardised logits of two classes",
+        ),
+        pytest.param(
             {},
             {"problem_type": "multi_label_classification"},
             {},
-            [
-                "problem_type='multi_label_classification' with num_labels=2 cannot be distilled",
-                "one-value regression",
-            ],
+            ["solves single_label_classification, the student", "multi_label_classification", "with the teacher's"],
             id="several labels per row",
         ),
         pytest.param(
@@ -235,7 +239,7 @@ SAME_HEADS = "make a student with num_attention_heads=4, or set attention_loss_w
             },
             {},
             {},
-            ["{'use_reentrant': True}", "attention_loss would train nothing", "set", "{'use_reentrant': False}"],
+            ["{'use_reentrant': True}", "the attention and relation terms would train nothing", "set", "{'use_reentrant': False}"],
             id="reentrant checkpointing",
         ),
     ],
@@ -276,7 +280,9 @@ def test_multi_label_teacher_of_a_single_label_student(make_trainer):
     """Its logits are independent scores: a softmax over them would teach something that it never learned."""
     teacher = make_model(seed=1, problem_type="multi_label_classification")
     assert_refused(
-        lambda: make_trainer(teacher_model=teacher), "problem_type='multi_label_classification'", "num_labels=2"
+        lambda: make_trainer(teacher_model=teacher),
+        "solves multi_label_classification, the student",
+        "num_labels and problem_type",
     )
 
 
@@ -400,7 +406,7 @@ def test_batch_without_labels(make_trainer):
     refuse_to_train(
         make_trainer(rows=rows),
         "task_loss has weight 0.5, but the batch has no labels",
-        "add a `labels` column",
+        "add `labels`",
         "set task_loss_weight=0",
     )
 
@@ -410,8 +416,8 @@ def test_float_labels_of_classes(make_trainer):
     rows = [{**row, "labels": float(row["labels"])} for row in make_rows(8)]
     refuse_to_train(
         make_trainer(rows=rows),
-        "the labels are torch.float32 for 2 classes",
-        "give class indices as integers, or set num_labels=1",
+        "the labels are torch.float32 for single_label_classification with 2 classes",
+        "give class indices as integers, or load both models with problem_type='multi_label_classification'",
     )
 
 
@@ -433,7 +439,7 @@ def test_own_optimizer_without_the_projections(make_trainer):
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
     trainer = make_trainer(HIDDEN, model=student, optimizers=(optimizer, None))
     refuse_to_train(
-        trainer, "passed as `optimizers` does not hold the projections of hidden_loss", "objective.parameters()"
+        trainer, "passed as `optimizers` does not hold the projections of hidden states", "objective.parameters()"
     )
 
 
@@ -488,7 +494,7 @@ def bound(*terms):
         ),
         pytest.param(
             lambda: bound(LogitTerm())(some_signals(logits=torch.zeros(2, 4, 3)), some_signals()),
-            ["logits have shape (2, 4, 3), but (batch, num_labels) is needed"],
+            ["logits of shape (2, 4, 3) do not fit single_label_classification", "problem=problem_of(student)"],
             id="logits of tokens",
         ),
         pytest.param(
@@ -542,8 +548,8 @@ def test_student_cannot_be_made(teacher, changes, fragments):
 
 def test_student_of_an_unknown_family():
     """Its blocks would not be found, and the student keep random ones."""
-    teacher = make_model("albert")
-    assert_refused(lambda: student_from_teacher(teacher, num_layers=2), "model type 'albert'", "bert, distilbert")
+    teacher = make_model("convbert")
+    assert_refused(lambda: student_from_teacher(teacher, num_layers=2), "model type 'convbert'", "albert, bert, camembert")
 
 
 def test_labels_that_the_model_does_not_have():

@@ -10,7 +10,7 @@ from typing import Any
 from ..signals import LayerPair, layer_pairs
 from ..signals.capture import attention_family_of, num_layers
 from ..signals.layers import LayerMapping
-from ..signals.problem import SEQUENCE_PROBLEMS, ProblemType, sequence_problem
+from ..signals.problem import SEQUENCE_PROBLEMS, ProblemType, has_classes, sequence_problem
 from .predictions import LOGIT_LOSSES
 from .terms import AttentionTerm, CustomTerm, HiddenTerm, LogitTerm, RelationTerm, TaskTerm, Term
 
@@ -135,8 +135,7 @@ def _check_logits(
                 f"{sequence_problem(config)} with {config.num_labels}; load the student with "
                 f"num_labels={config.num_labels} and problem_type={sequence_problem(config)!r}."
             )
-        has_classes = problem in (*SEQUENCE_PROBLEMS, "token_classification")
-        if has_classes and student_config.num_labels != config.num_labels:
+        if has_classes(problem) and student_config.num_labels != config.num_labels:
             raise ValueError(
                 f"{term.name}: the student has {student_config.num_labels} labels and the teacher "
                 f"{config.num_labels}; load the student with num_labels={config.num_labels}."
@@ -150,6 +149,11 @@ def _check_logits(
             else f"is not defined for {problem}; use one of {', '.join(map(repr, allowed))}."
         )
         raise ValueError(f"{term.name}_type={term.type!r} {why}")
+    if term.type == "standardized_kl" and has_classes(problem) and student_config.num_labels == 2:
+        raise ValueError(
+            f"{term.name}_type='standardized_kl' with 2 labels: two standardised logits are -1 and 1 whatever they were, "
+            "so the term would train nothing; use 'kl'."
+        )
     if not shares_tokens and problem not in SEQUENCE_PROBLEMS:
         raise ValueError(
             f"{term.name}: student and teacher have tokenizers of their own, but {problem} has logits for each token; "
@@ -184,13 +188,15 @@ def _check_heads(term: AttentionTerm | RelationTerm, student_config: Any, teache
 
 
 def _relation_heads(term: RelationTerm, student_config: Any, teacher_config: Any) -> int:
-    """As many as MiniLMv2 takes for BERT-base (https://arxiv.org/abs/2012.15828), where the widths allow it."""
+    """By default of 16 dimensions of the teacher or a few more: MiniLMv2 takes 48 for BERT-base
+    (https://arxiv.org/abs/2012.15828)."""
     widths = student_config.hidden_size, teacher_config.hidden_size
-    common = [n for n in range(1, 49) if math.gcd(*widths) % n == 0]
-    relation_heads = term.relation_heads or common[-1]
-    if math.gcd(*widths) % relation_heads:
+    divisors = [n for n in range(1, widths[1] + 1) if math.gcd(*widths) % n == 0]
+    default = max(n for n in divisors if n == 1 or n <= widths[1] // 16)
+    relation_heads = term.relation_heads or default
+    if relation_heads not in divisors:
         raise ValueError(
             f"{term.name}: relation_heads={relation_heads} does not divide both widths, {widths[0]} of the student "
-            f"and {widths[1]} of the teacher; use a common divisor such as {' or '.join(map(str, common[-2:]))}."
+            f"and {widths[1]} of the teacher; use a common divisor such as {default}."
         )
     return relation_heads

@@ -176,7 +176,8 @@ class RelationTerm:
             `"minilm_v2"`, `"minilm_v1"`, `"similarity"`, `"rkd"`, `"pkt"`, `"correlation"` or `"crd"`, see `losses`.
         layers (`str` or list of pairs, *optional*, defaults to `"last"`): The layer map, see [`layer_pairs`].
         relation_heads (`int`, *optional*):
-            Number of relation heads of `"minilm_v2"`; by default the largest common divisor of both widths up to 48.
+            Number of relation heads of `"minilm_v2"`; by default as many as divide both widths and
+            have 16 dimensions of the teacher or more.
         options (`dict`, *optional*): Further arguments of the type, such as `temperature` of `"crd"`.
         teacher (`int`, *optional*): Index of the teacher; needed if there are several.
         schedule (`str` or [`Schedule`], *optional*): Factor of the weight over training.

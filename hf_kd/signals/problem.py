@@ -23,6 +23,11 @@ _HEADS: dict[str, ProblemType] = {
 _OTHER_HEADS = ("ForMultipleChoice", "ForNextSentencePrediction", "ForPreTraining", "ForCausalLM", "LMHeadModel")
 
 
+def has_classes(problem: ProblemType) -> bool:
+    """Whether the logits are of the labels that the config names, and not of positions or tokens."""
+    return problem in (*SEQUENCE_PROBLEMS, "token_classification")
+
+
 def problem_of(model: Any) -> ProblemType:
     """The problem that a model solves.
 

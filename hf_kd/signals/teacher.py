@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..checkpoint import has_tokenizer, load_finetuned
 from .batch import Signals
 from .capture import Capture, Wanted, columns_for, forward_columns
-from .problem import problem_of
+from .problem import has_classes, problem_of
 
 
 logger = logging.get_logger(__name__)
@@ -58,8 +58,7 @@ class Teacher:
         self.reads_own_tokens = reads_own_tokens
         if not reads_own_tokens:
             check_vocabulary(student_config, model.config)
-        has_classes = problem_of(model) not in ("question_answering", "masked_lm")
-        order = label_order(student_config, model.config) if has_classes else None
+        order = label_order(student_config, model.config) if has_classes(problem_of(model)) else None
         if dtype is not None and model.dtype != DTYPES[dtype]:
             # A copy: the caller's model keeps its weights as they are.
             model = copy.deepcopy(model).to(DTYPES[dtype])

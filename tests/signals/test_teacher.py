@@ -6,7 +6,7 @@ from conftest import copy_of, make_dataset, make_model, make_rows, weights
 
 from hf_kd import DistillationTrainer
 from hf_kd.signals import Teacher, Wanted
-from hf_kd.signals.capture import FAMILIES
+from hf_kd.signals.capture import FAMILIES, columns_for, forward_columns
 from hf_kd.signals.teacher import load_teacher, reorder_labels
 
 
@@ -49,13 +49,13 @@ def test_reordered_labels_keep_their_predictions(batch, family):
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             parameter.normal_()  # a fresh head has biases of 0, in any order
-    inputs = {name: value for name, value in batch.items() if family != "distilbert" or name != "token_type_ids"}
+    inputs = columns_for(forward_columns(model), batch)
     before, before_state = model(**inputs).logits, copy_of(model).state_dict()
     reorder_labels(model, ["entailment", "neutral", "contradiction"])
     assert model.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
     assert model.config.label2id == {"entailment": 0, "neutral": 1, "contradiction": 2}
     torch.testing.assert_close(model(**inputs).logits, before[:, [1, 2, 0]], atol=1e-6, rtol=0)
-    head = "classifier" if family in ("bert", "distilbert") else "classifier.out_proj"
+    head = [name for name, module in model.named_modules() if getattr(module, "out_features", None) == 3][-1]
     for name, tensor in model.state_dict().items():
         is_head = name in (f"{head}.weight", f"{head}.bias")
         assert torch.equal(tensor, before_state[name][[1, 2, 0]] if is_head else before_state[name]), name
