@@ -111,12 +111,13 @@ def main() -> None:
 
     path = Path(args.output_dir) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    results = read_results(path) if path.is_file() else {"rows": []}
+    rows, costs = results["rows"], {key: value for key, value in results.items() if key == "step_cost"}
     if ablation.step_cost:
-        costs = measure_step_cost(lambda changes: make_trainer(data["train"], args.seed, changes), ablation)
-        write_results(path, [], step_cost=costs)
+        costs["step_cost"] = measure_step_cost(lambda form: make_trainer(data["train"], args.seed, form), ablation)
+        write_results(path, rows, **costs)
         print(json.dumps(costs, indent=2))
         return
-    rows = read_results(path)["rows"] if path.is_file() else []
     if not rows:
         measured = DatasetDict({split: data[split] for split in splits})
         rows = evaluate_teachers(teachers, args, tokenizer, measured, task)
@@ -142,7 +143,7 @@ def main() -> None:
             described["train_seconds"] = round(time.perf_counter() - start, 1)
             metrics = evaluate_model(trainer, data, splits)
             rows.append(make_row(trainer, task, metrics, is_baseline, described))
-            write_results(path, rows)
+            write_results(path, rows, **costs)
             print(json.dumps(rows[-1]))
 
 
@@ -178,7 +179,8 @@ def make_row(
 def measure_step_cost(make_trainer: Any, ablation: AblationArguments) -> list[dict[str, Any]]:
     """Median seconds of a training step (forward of both models, backward, optimiser) with each form, in turns on the
     same batches, and their ratio to logits alone."""
-    steps = {name: Stepper(make_trainer(changes)) for name, changes in {"logits": LOGITS, **FORMS}.items()}
+    forms = {**{name: SETTINGS[name] for name in ablation.settings}, **FORMS, "logits": LOGITS}
+    steps = {name: Stepper(make_trainer(changes)) for name, changes in forms.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ablation.step_cost_rounds):
         for name, step in steps.items():

@@ -183,6 +183,7 @@ def main() -> None:
             steps=best.state.max_steps,
             labeled_rows=num_labeled,
             unlabeled_rows=len(train_dataset) - num_labeled,
+            augment=data_args.augment,
             weights={term.name: term.weight for term in best.distillation_objective.terms},
         )
         return best, row

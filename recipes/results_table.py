@@ -1,4 +1,5 @@
-"""Make the tables and the plot of the README from results files, of training and of `export_onnx.py --benchmark`.
+"""Make the tables and the plot of the README from results files: of training, `export_onnx.py --benchmark` and
+`glue_ablation.py`.
 
 python recipes/results_table.py recipes/results/*.json --plot recipes/results/glue.png
 """
@@ -20,9 +21,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="also draw the table into this PNG file (needs matplotlib)")
     args = parser.parse_args()
     runs = [read_results(path) for path in args.files]
-    rows = [row for run in runs for row in run["rows"]]
+    compared = [run for run in runs if "step_cost" in run or any("setting" in row for row in run["rows"])]
+    rows = [row for run in runs if run not in compared for row in run["rows"]]
     if rows:
         print(format_table(rows))
+    if compared:
+        print(format_ablation(compared))
     measured = [run for run in runs if "benchmark" in run]
     if measured:
         print(format_inference(measured))
@@ -30,6 +34,58 @@ def main() -> None:
         print(f"\nHardware: {hardware[0]}, {hardware[1]} thread(s) per process.")
     if args.plot is not None:
         plot(rows, args.plot)
+
+
+def format_ablation(runs: list[dict[str, Any]]) -> str:
+    """One Markdown line per task, student and setting of `glue_ablation.py`, with the cost of a step where a file
+    measured it; then one per form of a term."""
+    costs = [cost for run in runs for cost in run.get("step_cost", [])]
+    cost_of = {cost["form"]: f"{cost['ratio']:.2f}" for cost in costs}
+    lines = [
+        "| task | student | setting | labelled rows | other rows | steps | value | difference to task | step |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        by_setting: dict[tuple, list[dict[str, Any]]] = {}
+        for row in run["rows"]:
+            key = (
+                ("teacher", 0, 0)
+                if row["role"] == "teacher"
+                else (row["setting"], row["unlabeled_rows"], row["steps"])
+            )
+            by_setting.setdefault(key, []).append(row)
+        plain: list[float] = []
+        for (setting, _, steps), rows in by_setting.items():
+            row, values = rows[0], [_main_value(row) for row in rows]
+            value = _with_spread(values)
+            if setting == "teacher":
+                lines.append(f"| {row['task']} | teacher, {row['layers']} layers | | | | | {value} | | |")
+                continue
+            plain = plain or values  # the first setting of each file is the task alone
+            gain = "" if values is plain else f"{statistics.mean(values) - statistics.mean(plain):+.2f}"
+            lines.append(
+                f"| {row['task']} | {row['layers']} layers, width {row['hidden_size']} | {setting} | "
+                f"{row['labeled_rows']} | {_describe_rows(row)} | {steps} | {value} | {gain} | "
+                f"{cost_of.get(setting, '')} |"
+            )
+    if costs:
+        lines += ["", "| form, on top of logits | step, times that of logits |", "|---|---|"]
+        lines += [f"| {cost['form']} | {cost['ratio']:.2f} |" for cost in costs]
+    return "\n".join(lines)
+
+
+def _main_value(row: dict[str, Any]) -> float:
+    return 100 * row["metrics"][row["main_metric"]["split"]][row["main_metric"]["name"]]
+
+
+def _with_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _describe_rows(row: dict[str, Any]) -> str:
+    kind = "augmented" if row["augment"] else "unlabelled"
+    return f"{row['unlabeled_rows']} {kind}" if row["unlabeled_rows"] else ""
 
 
 def format_inference(runs: list[dict[str, Any]], threads: int = 1) -> str:

@@ -19,6 +19,7 @@ from hf_kd.results import read_results
 QUICK = ["--max_steps", "4", "--logging_steps", "1", "--per_device_train_batch_size", "4", "--report_to", "none"]
 QUICK += ["--disable_tqdm", "true", "--save_strategy", "no", "--bf16", "false"]
 QUICK += ["--use_cpu", "true", "--max_seq_length", "32"]
+RUN = {"hardware": "a machine", "threads_per_process": 1}
 NAMES = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
 
 
@@ -273,3 +274,66 @@ def test_a_trainer_script_becomes_a_distillation_by_two_lines(tmp_path, teacher_
         assert ("logit_loss" in result.stdout) == (path == distilled)
         students.append(weights(AutoModelForSequenceClassification.from_pretrained(output)))
     assert not students[0].equal(students[1])
+
+
+def test_ablation_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, teacher_dir, glue_dir):
+    """Hours of runs would start over, or two settings share a row, or a table show the gain over another student."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    output = tmp_path / "ablation"
+    flags = ["--task_name", "sst2", "--glue_dir", glue_dir, "--teacher_model_name_or_path", teacher_dir, *QUICK]
+    flags += ["--student_num_layers", 2, "--student_hidden_size", 16, "--output_dir", output, "--seeds", 1, 2]
+    run(monkeypatch, "glue_ablation", *flags, "--settings", "task", "minilm_v2")
+    first = read_results(output / "results.json")["rows"]
+    assert [(row["role"], row.get("setting"), row["seed"]) for row in first] == [
+        ("teacher", None, None),
+        *[
+            (role, setting, seed)
+            for seed in (1, 2)
+            for role, setting in (("baseline", "task"), ("student", "minilm_v2"))
+        ],
+    ]
+    assert first[1]["weights"] == {"task_loss": 1.0} and first[1]["hidden_size"] == 16
+    assert first[2]["weights"] == {"task_loss": 0.1, "logit_loss": 0.9, "relation_loss": 1.0}
+
+    run(monkeypatch, "glue_ablation", *flags, "--settings", "task", "two stages", "--augment", 1)
+    rows = read_results(output / "results.json")["rows"]
+    assert rows[: len(first)] == first
+    added = [(row["setting"], row["seed"], row["augment"], row["unlabeled_rows"] > 0) for row in rows[len(first) :]]
+    assert added == [("two stages", 1, 1, True), ("two stages", 2, 1, True)]
+
+    run(monkeypatch, "glue_ablation", *flags[:-3], "--step_cost", "true", "--step_cost_rounds", 2)
+    costs = read_results(output / "results.json")["step_cost"]
+    assert all(cost["ratio"] > 0 for cost in costs)
+    assert read_results(output / "results.json")["rows"] == rows
+    assert {"logits", "hidden", "relation crd", "attention cosine"} <= {cost["form"] for cost in costs}
+
+
+def test_table_of_an_ablation(tmp_path, monkeypatch, capsys):
+    """The gain of a setting would be told from other rows than its own task's baseline."""
+
+    def row(setting, seed, accuracy, **more):
+        metric = {"metrics": {"validation": {"accuracy": accuracy}}}
+        described = {
+            "setting": setting,
+            "seed": seed,
+            "steps": 9,
+            "labeled_rows": 5,
+            "unlabeled_rows": 0,
+            "augment": 0,
+        }
+        shape = {"task": "sst2", "layers": 2, "hidden_size": 16, "role": "student"}
+        return {**shape, **described, **metric, "main_metric": {"split": "validation", "name": "accuracy"}, **more}
+
+    rows = [row(None, None, 0.9, role="teacher"), row("task", 1, 0.5, role="baseline"), row("task", 2, 0.6)]
+    rows += [row("hidden", 1, 0.7), row("hidden", 2, 0.8), row("hidden", 1, 0.9, unlabeled_rows=7, steps=12)]
+    (tmp_path / "rows.json").write_text(json.dumps({"run": RUN, "rows": rows}))
+    cost = {"form": "hidden", "ratio": 1.25}
+    (tmp_path / "cost.json").write_text(json.dumps({"run": RUN, "rows": [], "step_cost": [cost]}))
+    run(monkeypatch, "results_table", tmp_path / "rows.json", tmp_path / "cost.json")
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [line[2:] for line in lines[3:6]] == [
+        ["task", "5", "", "9", "55.00 ± 7.07", "", " |"],
+        ["hidden", "5", "", "9", "75.00 ± 7.07", "+20.00", "1.25 |"],
+        ["hidden", "5", "7 unlabelled", "12", "90.00", "+35.00", "1.25 |"],
+    ]
+    assert ["| hidden", "1.25 |"] in lines
