@@ -98,9 +98,14 @@ def by_problem(form, problem):
 
 
 def table(rows):
+    """As Markdown; forms of one term whose cells are equal share a line."""
     head = ["", *next(iter(rows.values()))]
-    lines = [head, ["---"] * len(head), *([form, *cells.values()] for form, cells in rows.items())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    merged = {}
+    for form, cells in rows.items():
+        term, _, kind = form.partition(" ")
+        merged.setdefault((term, *cells.values()), []).append(kind)
+    lines = [[f"{term} {', '.join(kinds)}".strip(), *cells] for (term, *cells), kinds in merged.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
 def make_tables():

@@ -296,8 +296,7 @@ class DistillationObjective(nn.Module):
         if rows.class_mask is not None:
             arguments["class_mask"] = rows.class_mask
         if loss_type == "decoupled_kl":
-            existing = teacher if rows.class_mask is None else teacher.masked_fill(~rows.class_mask, -torch.inf)
-            likeliest = existing.argmax(dim=-1)
+            likeliest = teacher.argmax(dim=-1)
             known = likeliest if rows.labels is None else rows.labels
             arguments["target"] = torch.where(known == -100, likeliest, known)
         return getattr(losses, f"logit_{loss_type}")(rows.student, teacher, **arguments)

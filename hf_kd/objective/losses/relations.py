@@ -210,8 +210,8 @@ def relation_pkt(student: Tensor, teacher: Tensor, *, num_items: Tensor | None =
 def relation_correlation(student: Tensor, teacher: Tensor, *, num_items: Tensor | None = None) -> Tensor:
     r"""Squared error between kernels of texts: $\frac{1}{B^2} \sum_{ij} (k(x^S_i, x^S_j) - k(x^T_i, x^T_j))^2$.
 
-    Correlation congruence (Peng et al. 2019, https://arxiv.org/abs/1904.01802, section 3) with the kernel that
-    the paper found best: the Gaussian $\exp(-\gamma \|x_i - x_j\|^2)$ of normalised vectors, as its Taylor series
+    Correlation congruence (Peng et al. 2019, https://arxiv.org/abs/1904.01802, section 3) with its Gaussian
+    kernel $\exp(-\gamma \|x_i - x_j\|^2)$ of normalised vectors, as its Taylor series
     $\exp(-2 \gamma) \sum_{p=0}^{2} \frac{(2 \gamma)^p}{p!} (x_i \cdot x_j)^p$ with $\gamma = 0.4$.
 
     Arguments and errors are those of [`relation_similarity`].
