@@ -18,17 +18,18 @@ State = dict[str, Tensor]
 def shrink(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     """Make a narrower model out of the most important parts of another, judged by its weights alone.
 
-    - Hidden dimensions, one set for the whole model: those that the blocks' linear layers read with the largest
-      weights, times the gains of the blocks' LayerNorms (squares, summed; the gains as in Network Slimming,
-      https://arxiv.org/abs/1708.06519). What reads them is scaled by `sqrt(old / new)`, since its sums have fewer terms.
+    - Hidden dimensions, one set for the whole model: those with the largest squared weights in the blocks' linear
+      layers that read them, times the squared gains of the blocks' LayerNorms (Network Slimming ranks by such gains,
+      https://arxiv.org/abs/1708.06519). Weights that read hidden states grow by `sqrt(old / new)`, since their sums
+      have fewer terms.
     - Heads, in each block: those that can write most, by the norm of the product of their output and value weights.
-    - Dimensions of a head: attention depends on the products of query with key and of output with value only. Both are
-      replaced by their best approximation of the new rank (singular value decomposition), which is never worse than
-      choosing dimensions. `sqrt` of the head size, which divides the scores, is made up for.
-    - Feed-forward neurons, in each block: those with the largest outgoing weights (`onorm` of
+    - Dimensions of a head: attention depends on the weights only through the products of query with key and of output
+      with value. Each product gets its nearest one of the smaller rank (a singular value decomposition), which is
+      nearer than any choice of dimensions. Attention scores keep their size although `sqrt(head size)` divides them.
+    - Feed-forward neurons, in each block: those with the largest squared outgoing weights (`onorm` in
       https://doi.org/10.1109/ICASSP.2014.6853595).
 
-    What is not reduced is copied: with all hidden dimensions and heads, the attention is the same bit for bit.
+    With the same `hidden_size`, only the feed-forward layers change.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The wide model, in float32. It is not changed.
@@ -43,7 +44,7 @@ def shrink(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     family, old = family_of(config), model.config
     if not isinstance(family, SplitFamily):
         raise ValueError(
-            f"how to shrink the attention of model type {config.model_type!r} is not known; keep the teacher's widths, "
+            f"how to shrink the layers of model type {config.model_type!r} is not known; keep the teacher's widths, "
             "or start from fresh weights with init='random'."
         )
     head_size = old.hidden_size // old.num_attention_heads
@@ -67,9 +68,10 @@ def shrink(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     shapes = {name: tensor.shape for name, tensor in student.state_dict().items()}
     unknown = sorted(name for name in {*state, *shapes} if name not in state or state[name].shape != shapes.get(name))
     if unknown:
+        names = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise ValueError(
-            f"how to shrink {', '.join(unknown[:3])}{' and more' if len(unknown) > 3 else ''} of {type(model).__name__} "
-            f"to hidden_size={config.hidden_size} is not known; use another hidden_size or init='random'."
+            f"how to shrink {names} of {type(model).__name__} to hidden_size={config.hidden_size} is not known; use "
+            "another hidden_size or init='random'."
         )
     student.load_state_dict(state)
     return student

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from .shrink import set_hidden_size, shrink
-from .signals.capture import FusedFamily, family_of
+from .signals.capture import Family, FusedFamily, family_of
 from .signals.layers import uniform_layers
 
 
@@ -25,9 +25,9 @@ def student_from_teacher(
 ) -> PreTrainedModel:
     """Make a smaller model of the teacher's class.
 
-    The student gets copies of the teacher's embeddings, the chosen blocks, pooler and head, which is where distillation
-    on small data starts best. With any smaller width it gets the most important parts of them, as
-    [`~hf_kd.shrink.shrink`] ranks them, or fresh weights of that shape.
+    The student gets copies of the teacher's embeddings, the chosen blocks, pooler and head, which is where
+    distillation on small data starts best. With any smaller width it gets the most important parts of them, as
+    [`~hf_kd.shrink.shrink`] ranks them, or fresh weights.
 
     Args:
         teacher ([`~transformers.PreTrainedModel`]): The fine-tuned teacher. It is not changed.
@@ -51,13 +51,13 @@ def student_from_teacher(
     """
     if init not in ("importance", "random"):
         raise ValueError(f"init={init!r} is not known; use 'importance' or 'random'.")
-    config = copy.deepcopy(teacher.config)
+    family, config = family_of(teacher.config), copy.deepcopy(teacher.config)
     layers = _choose_layers(layers, num_layers, config.num_hidden_layers)
     _reduce_layers(config, layers)
     narrow = _reduce_widths(config, hidden_size, intermediate_size, num_attention_heads)
     if narrow is not None and init == "random":
         return type(teacher)(narrow).float().eval()
-    student = _copy_blocks(teacher, config, layers)
+    student = _copy_blocks(teacher, family, config, layers)
     return student if narrow is None else shrink(student, narrow)
 
 
@@ -91,12 +91,12 @@ def _reduce_widths(
     narrow = copy.deepcopy(config)
     # DistilBERT has another name for it, and no alias as for the other fields.
     intermediate_name = "hidden_dim" if config.model_type == "distilbert" else "intermediate_size"
-    shape = {
+    asked = {
         "hidden_size": hidden_size,
         intermediate_name: intermediate_size,
         "num_attention_heads": num_attention_heads,
     }
-    shape = {name: value for name, value in shape.items() if value not in (None, getattr(config, name))}
+    shape = {name: value for name, value in asked.items() if value is not None and value != getattr(config, name)}
     for name, value in shape.items():
         if not 0 < value < getattr(config, name):
             raise ValueError(f"{name}={value} must be between 1 and the teacher's {getattr(config, name)}.")
@@ -112,9 +112,9 @@ def _reduce_widths(
     return narrow if shape else None
 
 
-def _copy_blocks(teacher: PreTrainedModel, config: Any, layers: list[int]) -> PreTrainedModel:
+def _copy_blocks(teacher: PreTrainedModel, family: Family, config: Any, layers: list[int]) -> PreTrainedModel:
     """The teacher with these of its blocks."""
-    family, state = family_of(config), teacher.state_dict()
+    state = teacher.state_dict()
     if family.shares_blocks:
         num_blocks = config.num_hidden_groups * config.inner_group_num
         if num_blocks > 1 and len(layers) < teacher.config.num_hidden_layers:

@@ -71,8 +71,8 @@ class DistillationTrainer(Trainer):
         if objective is not None:
             args.check_objective_alone_describes_the_terms()
         self._given_objective = objective
-        several = isinstance(teacher_model, list | tuple)
-        self._given_teachers = list(teacher_model) if several else [teacher_model] if teacher_model is not None else []
+        given = teacher_model if isinstance(teacher_model, list | tuple) else [teacher_model]
+        self._given_teachers = [teacher for teacher in given if teacher is not None]
         self.teacher: Teacher | TeacherEnsemble | None = None
         self._set_up_distillation()
         self.add_callback(_ProjectionCallback(self))
@@ -269,8 +269,9 @@ class DistillationTrainer(Trainer):
                 "(recipes/accelerate_configs/ddp.yaml) or ZeRO-2."
             )
         if isinstance(teacher_model, str | os.PathLike):
-            if hasattr(self.processing_class, "get_vocab") and not reads_own_tokens:
-                check_tokenizers(self.processing_class, load_teacher_tokenizer(teacher_model))
+            reader = self.data_collator.teacher_tokenizer if reads_own_tokens else self.processing_class
+            if hasattr(reader, "get_vocab"):
+                check_tokenizers(reader, load_teacher_tokenizer(teacher_model), reads_own_tokens)
             teacher_model = load_teacher(teacher_model)
         if {id(p) for p in teacher_model.parameters()} & {id(p) for p in self.model.parameters()}:
             raise ValueError(

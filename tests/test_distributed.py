@@ -37,20 +37,46 @@ def train(tmp_path, processes, batch_size, **changes):
     return found
 
 
-def test_two_processes_equal_one(tmp_path):
-    """Means per process are not the mean of the batch when lengths and labels are ragged; gradients would differ."""
-    changes = {"hidden_size": 16, "unlabeled_share": 0.5}
+def assert_two_equal_one(tmp_path, **changes):
+    """Both ranks end with the weights, projections and logged terms of one process with the same batches."""
     (one,) = train(tmp_path, 1, 8, **changes)
     two = train(tmp_path, 2, 4, **changes)
     for rank in two:
         assert rank["student"] == pytest.approx(one["student"], abs=2e-6)
-        assert rank["projection"] == pytest.approx(one["projection"], abs=2e-6)
+        assert rank["projections"] == pytest.approx(one["projections"], abs=2e-6)
         # Synchronised, not only close: the ranks' own copies must never drift apart.
-        assert rank["student"] == two[0]["student"] and rank["projection"] == two[0]["projection"]
+        assert rank["student"] == two[0]["student"] and rank["projections"] == two[0]["projections"]
         # A teacher under DDP costs memory, and fails: no parameter of it requires a gradient.
         assert (rank["student_class"], rank["teacher_class"]) == (
             "DistributedDataParallel",
             "BertForSequenceClassification",
         )
-    for name, value in one["logs"].items():
-        assert two[0]["logs"][name] == pytest.approx(value, rel=1e-4), name
+    for log, expected in zip(two[0]["logs"], one["logs"], strict=True):
+        assert set(log) == set(expected)
+        for name, value in expected.items():
+            assert log[name] == pytest.approx(value, rel=1e-4), name
+    return one
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Means per process are not the mean of the batch when lengths and labels are ragged; gradients would differ."""
+    one = assert_two_equal_one(tmp_path, student={"hidden_size": 16}, unlabeled_share=0.5)
+    assert len(one["projections"]) == 2 * (16 * 32 + 32)
+
+
+def test_two_stages_on_two_processes(tmp_path):
+    """In each stage the head or the projections get no gradient from any term, and DDP waits for one of each."""
+    stages = {
+        "hidden_loss_schedule": "window:0:0.5",
+        "attention_loss_schedule": "window:0:0.5",
+        "task_loss_schedule": "window:0.5:1",
+        "logit_loss_schedule": "window:0.5:1",
+        "relation_loss_weight": 0.5,
+        "relation_loss_schedule": "linear:1:0.5",
+    }
+    one = assert_two_equal_one(
+        tmp_path, student={"hidden_size": 16}, unlabeled_share=0.5, max_steps=4, arguments=stages
+    )
+    layers = {"loss", "hidden_loss", "attention_loss", "relation_loss"}
+    predictions = {"loss", "task_loss", "logit_loss", "relation_loss"}
+    assert [set(log) for log in one["logs"]] == [layers, predictions]

@@ -151,8 +151,8 @@ def _check_logits(
         raise ValueError(f"{term.name}_type={term.type!r} {why}")
     if term.type == "standardized_kl" and has_classes(problem) and student_config.num_labels == 2:
         raise ValueError(
-            f"{term.name}_type='standardized_kl' with 2 labels: two standardised logits are -1 and 1 whatever they were, "
-            "so the term would train nothing; use 'kl'."
+            f"{term.name}_type='standardized_kl' with 2 labels: two standardised logits are -1 and 1 whatever they "
+            "were, so the term would train nothing; use 'kl'."
         )
     if not shares_tokens and problem not in SEQUENCE_PROBLEMS:
         raise ValueError(

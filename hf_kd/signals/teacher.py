@@ -194,8 +194,14 @@ def load_teacher_tokenizer(path: str | os.PathLike) -> Any | None:
         return None
 
 
-def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any, reads_own_tokens: bool = False) -> None:
     """The same number of tokens is not yet the same tokens. Nothing is checked against `None`.
+
+    Args:
+        student_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): What makes the teacher's inputs.
+        teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The one saved with the teacher.
+        reads_own_tokens (`bool`, *optional*, defaults to `False`):
+            Whether the first is not the student's tokenizer, but the one of a collator that is the teacher's alone.
 
     Raises:
         ValueError: If a token has different ids in the two tokenizers, with examples.
@@ -208,6 +214,12 @@ def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
             t for t in student_vocab.keys() | teacher_vocab.keys() if student_vocab.get(t) != teacher_vocab.get(t)
         )
         examples = ", ".join(f"{t!r}: {student_vocab.get(t)} and {teacher_vocab.get(t)}" for t in different[:3])
+        if reads_own_tokens:
+            raise ValueError(
+                "the collator's teacher_tokenizer and the tokenizer saved with the teacher give different ids to "
+                f"{len(different)} tokens ({examples}); use DistillationCollator(tokenizer, "
+                "AutoTokenizer.from_pretrained(teacher))."
+            )
         raise ValueError(
             f"student and teacher give different ids to {len(different)} tokens ({examples}), but both read the same "
             "input_ids; take a student that was made from the teacher or shares its tokenizer."

@@ -121,6 +121,22 @@ def test_rkd_of_a_triangle():
     assert only_angles.item() == pytest.approx(angles)
 
 
+def test_rkd_counts_no_angle_of_a_text_with_itself():
+    """A duplicate has no direction; the angle from one line to the same line would come out wrong, and be taught."""
+    student = torch.tensor([[0.0, 0.0], [0.0, 0.0], [2.0, 0.0]])
+    teacher = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, math.sqrt(3.0)]])
+    angles = losses.relation_rkd(student, teacher, distance_weight=0.0, angle_weight=1.0)
+    assert angles.item() == pytest.approx(0.5**2 / 2)  # cosines 0, 0 and 1 against 1/2
+
+
+def test_pkt_is_finite_for_opposite_texts():
+    """Their kernel is 0, the logarithm of it infinite: one pair of texts would end the run."""
+    student = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    loss = losses.relation_pkt(student, make_texts(3))
+    assert loss.isfinite()
+    assert gradient(loss, student).isfinite().all()
+
+
 def test_correlation_approximates_the_gaussian():
     """Another series would still be 0 for equal inputs: a kernel in name only."""
     loss = losses.relation_correlation(torch.eye(2), torch.ones(2, 2))

@@ -64,7 +64,8 @@ def make_logits(problem: str, seed: int, seq: int = SEQ) -> Tensor:
 
 
 def make_objective(problem: str, *terms) -> DistillationObjective:
-    config = make_model(problem=problem).config
+    changes = {"num_labels": 3} if problem == "single_label_classification" else {}
+    config = make_model(problem=problem, **changes).config
     return DistillationObjective(terms).bind(config, config, problem=problem)
 
 

@@ -12,14 +12,15 @@ from hf_kd import DistillationTrainer, DistillationTrainingArguments
 
 class Record(TrainerCallback):
     def __init__(self):
-        self.logs, self.student_class = {}, None
+        self.logs = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.logs = {name: value for name, value in logs.items() if name.endswith("loss")}
+            self.logs.append({name: value for name, value in logs.items() if name.endswith("loss")})
 
 
 settings = json.loads(sys.argv[1])
+arguments = {"hidden_loss_weight": 0.7, "attention_loss_weight": 0.3, **settings.get("arguments", {})}
 output = Path(settings["output"])
 output.mkdir(parents=True, exist_ok=True)
 (output / "vocab.txt").write_text("\n".join(VOCAB), encoding="utf-8")
@@ -37,12 +38,11 @@ args = DistillationTrainingArguments(
     logging_steps=2,
     save_strategy="no",
     report_to=[],
-    hidden_loss_weight=0.7,
-    attention_loss_weight=0.3,
+    **arguments,
 )
 record = Record()
 trainer = DistillationTrainer(
-    make_model(seed=2, num_hidden_layers=2, hidden_size=settings.get("hidden_size", 32)),
+    make_model(seed=2, num_hidden_layers=2, **settings.get("student", {})),
     args,
     teacher_model=teacher,
     train_dataset=make_dataset(48, unlabeled_share=settings.get("unlabeled_share", 0.0)),
@@ -53,7 +53,7 @@ trainer.train()
 result = {
     "world_size": args.world_size,
     "student": weights(trainer.model).tolist(),
-    "projection": [x for p in trainer.distillation_objective.parameters() for x in p.detach().flatten().tolist()],
+    "projections": [x for p in trainer.distillation_objective.parameters() for x in p.detach().flatten().tolist()],
     "logs": record.logs,
     "teacher_class": type(trainer.teacher.model).__name__,
     "student_class": type(trainer.model_wrapped).__name__,
