@@ -70,9 +70,9 @@ class DistillationTrainingArguments(TrainingArguments):
         layer_mapping (`str`, *optional*, defaults to `"uniform"`): Which student layer learns from which teacher
             layer, for hidden states and attention.
         relation_layer_mapping (`str`, *optional*, defaults to `"last"`): The same for relations.
-        task_loss_schedule (`str`, *optional*): Factor of the weight over training: `"constant"`, `"linear:1:0"`, `"cosine:1:0"`
-            or `"window:0:0.5"`. Likewise `logit_loss_schedule`, `hidden_loss_schedule`, `attention_loss_schedule` and
-            `relation_loss_schedule`.
+        task_loss_schedule (`str`, *optional*): Factor of the weight over training: `"constant"`, `"linear:1:0"`,
+            `"cosine:1:0"` or `"window:0:0.5"`. Likewise `logit_loss_schedule`, `hidden_loss_schedule`,
+            `attention_loss_schedule` and `relation_loss_schedule`.
         temperature_schedule (`str`, *optional*): Factor of the temperature, likewise.
         teacher_weights (`list[float]`, *optional*): Shares of several teachers; all alike by default.
         teacher_reduction (`str`, *optional*, defaults to `"probabilities"`): Mean of several teachers over softened

@@ -77,7 +77,7 @@ def make_trainer(make_args, collator):
         ({"temperature": 0}, ["logit_loss: temperature=0 must be a finite number > 0, usually 1 to 8"]),
         ({"temperature": -2.0}, ["logit_loss: temperature=-2.0 must be a finite number > 0"]),
         ({"temperature": NAN}, ["logit_loss: temperature=nan must be a finite number > 0"]),
-        ({"logit_loss_type": "kld"}, ["logit_loss_type='kld' must be one of 'kl', 'soft_ce', 'reverse_kl', 'js', 'mse'"]),
+        ({"logit_loss_type": "kld"}, ["logit_loss_type='kld' must be one of 'kl', 'soft_ce', 'reverse_kl', 'js'"]),
         ({"hidden_loss_type": "l1"}, ["hidden_loss_type='l1' must be one of 'mse', 'cosine'"]),
         ({"attention_loss_type": "cos"}, ["attention_loss_type='cos' must be one of 'mse', 'kl', 'cosine'"]),
         ({"teacher_dtype": "fp16"}, ["teacher_dtype='fp16' must be one of 'float32', 'bfloat16', 'float16'"]),
@@ -239,7 +239,11 @@ SAME_HEADS = "use relation_loss_weight=1 with relation_loss_type='minilm_v2'"
             },
             {},
             {},
-            ["{'use_reentrant': True}", "the attention and relation terms would train nothing", "set", "{'use_reentrant': False}"],
+            [
+                "{'use_reentrant': True}",
+                "the attention and relation terms would train nothing",
+                "{'use_reentrant': False}",
+            ],
             id="reentrant checkpointing",
         ),
     ],
@@ -549,7 +553,7 @@ def test_student_cannot_be_made(teacher, changes, fragments):
 def test_student_of_an_unknown_family():
     """Its blocks would not be found, and the student keep random ones."""
     teacher = make_model("convbert")
-    assert_refused(lambda: student_from_teacher(teacher, num_layers=2), "model type 'convbert'", "albert, bert, camembert")
+    assert_refused(lambda: student_from_teacher(teacher, num_layers=2), "model type 'convbert'", "albert, bert")
 
 
 def test_labels_that_the_model_does_not_have():

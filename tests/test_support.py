@@ -1,4 +1,4 @@
-"""The README's tables of what works with what, made by trying every cell: each form of each term, problem and family."""
+"""The README's tables of what works with what, made by trying every form of each term, problem and family."""
 
 import os
 import re
@@ -65,7 +65,7 @@ def models(problem, family):
 
 
 def try_cell(form, problem, family):
-    """Whether a student learns from this cell: a finite loss above 0, and a gradient. An error has to be a ValueError."""
+    """Whether a student learns from this cell: a finite loss above 0, and a gradient; or else a ValueError."""
     student, teacher_model = models(problem, family)
     batch = make_batch(problem)
     objective = DistillationObjective([FORMS[form]])
@@ -129,8 +129,10 @@ def make_tables():
 
 
 def test_readme_has_the_tables():
-    """A reader would choose a term by a table that was true once. `UPDATE_README=1 pytest tests/test_support.py` writes
-    it anew."""
+    """A reader would choose a term by a table that was true once.
+
+    `UPDATE_README=1 pytest tests/test_support.py` writes it anew.
+    """
     text = README.read_text(encoding="utf-8")
     start, end = "<!-- support: begin -->\n", "\n<!-- support: end -->"
     before, rest = text.split(start)
