@@ -32,6 +32,7 @@ _TERM_FIELDS = (
     *("layer_mapping", "relation_layer_mapping", "relation_heads", "head_reduction"),
     *("task_loss_schedule", "logit_loss_schedule", "hidden_loss_schedule", "attention_loss_schedule"),
     *("relation_loss_schedule", "temperature_schedule", "teacher_weights", "teacher_reduction"),
+    "label_smoothing_factor",
 )
 
 

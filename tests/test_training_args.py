@@ -248,7 +248,7 @@ def test_every_argument_is_a_line_of_yaml(tmp_path):
         for name, (text, _) in WRITTEN.items()
         if name not in ("teacher_weights", "relation_layer_mapping")
     ]
-    lines += ["relation_layer_mapping: '2:7'"]
+    lines += ["relation_layer_mapping: 2:7"]
     config = tmp_path / "config.yaml"
     config.write_text("\n".join([*lines, "teacher_weights: [2, 1]", f"output_dir: {tmp_path}"]), encoding="utf-8")
     (args,) = parse_args((DistillationTrainingArguments,), [str(config), *COMMON])
