@@ -239,8 +239,9 @@ class DistillationTrainer(Trainer):
             path = os.path.join(resume_from_checkpoint, PROJECTION_NAME)
             if not os.path.isfile(path):
                 raise ValueError(
-                    f"the checkpoint {resume_from_checkpoint} has no {PROJECTION_NAME}, which the terms between layers need for "
-                    f"the student's width {self.model.config.hidden_size}; resume with the terms it was trained with."
+                    f"the checkpoint {resume_from_checkpoint} has no {PROJECTION_NAME}, which the terms between "
+                    f"layers need for the student's width {self.model.config.hidden_size}; resume with the terms it "
+                    "was trained with."
                 )
             self.distillation_objective.load_state_dict(load_file(path))
 
@@ -255,8 +256,8 @@ class DistillationTrainer(Trainer):
             return
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
-                f"the terms between layers need projections from the student's width {self.model.config.hidden_size}, which are "
-                f"not trained under {self.accelerator.distributed_type}; use recipes/accelerate_configs/ddp.yaml."
+                f"the terms between layers need projections from the student's width "
+                f"{self.model.config.hidden_size}, which are not trained under {self.accelerator.distributed_type}; use recipes/accelerate_configs/ddp.yaml."
             )
         self._objective = self.accelerator.prepare_model(self.distillation_objective)
 

@@ -458,7 +458,7 @@ def test_checkpoint_without_the_projections(make_trainer, tmp_path):
     assert_refused(
         lambda: trainer.train(resume_from_checkpoint=str(checkpoint)),
         f"the checkpoint {checkpoint} has no projection.safetensors",
-        "needs for the student's width 16",
+        "which the terms between layers need for the student's width 16",
         "resume with the terms it was trained with",
     )
     assert trainer.state.global_step == 0
