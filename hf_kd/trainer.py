@@ -256,8 +256,9 @@ class DistillationTrainer(Trainer):
             return
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
-                f"the terms between layers need projections from the student's width "
-                f"{self.model.config.hidden_size}, which are not trained under {self.accelerator.distributed_type}; use recipes/accelerate_configs/ddp.yaml."
+                f"the terms between layers need projections from the student's width {self.model.config.hidden_size}, "
+                f"which are not trained under {self.accelerator.distributed_type}; use "
+                "recipes/accelerate_configs/ddp.yaml."
             )
         self._objective = self.accelerator.prepare_model(self.distillation_objective)
 

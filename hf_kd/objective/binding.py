@@ -118,10 +118,11 @@ def _teacher_index(term: Any, num_teachers: int) -> int | None:
 
 
 def _check_task(term: TaskTerm, problem: ProblemType) -> None:
-    if term.label_smoothing and problem in ("regression", "multi_label_classification"):
+    # The Trainer leaves question answering unsmoothed, whose classes are positions, padding among them.
+    if term.label_smoothing and problem in ("regression", "multi_label_classification", "question_answering"):
         raise ValueError(
-            f"{term.name}: label_smoothing={term.label_smoothing} spreads probability over classes, of which "
-            f"{problem} does not choose one; set label_smoothing_factor=0."
+            f"{term.name}: label_smoothing={term.label_smoothing} spreads probability over the classes of a label, "
+            f"which {problem} does not have; set label_smoothing_factor=0."
         )
 
 
