@@ -228,13 +228,13 @@ def test_the_default_logit_loss_fits_every_problem():
         assert bind_terms([LogitTerm()], config, [config], problem).problem == problem
 
 
-@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification", "question_answering"])
 def test_label_smoothing_is_for_classes(problem):
     """It would be read by nothing, and stand in every table of the run."""
-    config = make_config(**PROBLEM_CHANGES[problem])
+    config = make_config(**PROBLEM_CHANGES.get(problem, {}))
     assert_refused(
-        lambda: bind_terms([TaskTerm(label_smoothing=0.1)], config, []),
-        f"task_loss: label_smoothing=0.1 spreads probability over classes, of which {problem}",
+        lambda: bind_terms([TaskTerm(label_smoothing=0.1)], config, [], problem),
+        f"label_smoothing=0.1 spreads probability over the classes of a label, which {problem} does not have",
         "label_smoothing_factor=0",
     )
 
