@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .objective import DistillationObjective
+from .objective import DistillationObjective, TaskTerm
 from .signals import Capture, ItemCounts, Signals, Teacher, TeacherEnsemble, count_items, labels_of, problem_of
 from .signals.capture import columns_for, forward_columns
 from .signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer
@@ -117,6 +117,7 @@ class DistillationTrainer(Trainer):
         model = super().call_model_init(trial)
         if hasattr(self, "capture"):  # not the call within Trainer.__init__
             self.model = model
+            self.distillation_objective.projections.clear()  # those of the student before
             self._set_up_distillation()
         return model
 
@@ -177,7 +178,8 @@ class DistillationTrainer(Trainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         teacher = self._teacher_signals(inputs, progress)
         task_loss = None
-        if self.compute_loss_func is not None:
+        has_task_term = any(isinstance(term, TaskTerm) for term in self.distillation_objective.terms_on(progress))
+        if self.compute_loss_func is not None and has_task_term:
             task_loss = self.compute_loss_func(outputs, labels, num_items_in_batch=self._num_labels_in_step)
             if self.args.average_tokens_across_devices and self._num_labels_in_step is not None:
                 task_loss = task_loss * self.accelerator.num_processes
@@ -309,6 +311,9 @@ class _ProjectionCallback(TrainerCallback):
 
     def __init__(self, trainer: DistillationTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.distillation_objective.check_every_term_has_a_step(state.max_steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.max_grad_norm and self.trainer.distillation_objective.has_projections:

@@ -11,9 +11,11 @@ measures instead what a training step costs with each form of each term.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -40,9 +42,11 @@ from hf_kd.objective.terms import AttentionLossType, HiddenLossType, RelationLos
 from hf_kd.results import describe_run, read_results, write_results
 
 
-LOGITS = {"task_loss_weight": 0.1, "logit_loss_weight": 0.9}
+# Every setting says what is on; flags say how.
+OFF = {f"{term}_loss_weight": 0.0 for term in ("hidden", "attention", "relation")}
+LOGITS = {**OFF, "task_loss_weight": 0.1, "logit_loss_weight": 0.9}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "task": {"task_loss_weight": 1.0, "logit_loss_weight": 0.0},
+    "task": {**OFF, "task_loss_weight": 1.0, "logit_loss_weight": 0.0},
     "logits": LOGITS,
     "hidden": {**LOGITS, "hidden_loss_weight": 1.0},
     "attention": {**LOGITS, "attention_loss_weight": 1.0},
@@ -127,29 +131,34 @@ def main() -> None:
             is_baseline = setting == "task"
             # What has no label teaches nothing without a teacher.
             train_dataset = labeled(data["train"]) if is_baseline else data["train"]
-            trainer = make_trainer(train_dataset, seed, SETTINGS[setting])
             num_labeled = len(labeled(train_dataset))
             described = {
                 "setting": setting,
+                "seed": seed,
                 "epochs": args.num_train_epochs,
+                "learning_rate": args.learning_rate,
                 "labeled_rows": num_labeled,
                 "unlabeled_rows": len(train_dataset) - num_labeled,
                 "augment": 0 if is_baseline else data_args.augment,
+                "augment_masked_lm": None if is_baseline else data_args.augment_masked_lm,
             }
-            if run_key({"seed": seed, **described}) in done:
+            if run_key(described) in done:
                 continue
+            trainer = make_trainer(train_dataset, seed, SETTINGS[setting])
             start = time.perf_counter()
             trainer.train()
             described["train_seconds"] = round(time.perf_counter() - start, 1)
             metrics = evaluate_model(trainer, data, splits)
             rows.append(make_row(trainer, task, metrics, is_baseline, described))
-            write_results(path, rows, **costs)
-            print(json.dumps(rows[-1]))
+            if args.process_index == 0:
+                write_results(path, rows, **costs)
+                print(json.dumps(rows[-1]))
 
 
 def run_key(row: dict[str, Any]) -> tuple:
-    """What tells the runs of one results file apart."""
-    return tuple(row[name] for name in ("seed", "setting", "epochs", "labeled_rows", "unlabeled_rows", "augment"))
+    """What tells the runs of one results file, which are of one student, apart."""
+    names = ("setting", "seed", "epochs", "learning_rate", "labeled_rows", "unlabeled_rows", "augment")
+    return (*(row[name] for name in names), row.get("augment_masked_lm"))
 
 
 def make_row(
@@ -168,7 +177,6 @@ def make_row(
         model,
         metrics,
         hidden_size=model.config.hidden_size,
-        learning_rate=trainer.args.learning_rate,
         steps=trainer.state.max_steps,
         weights={term.name: term.weight for term in trainer.distillation_objective.terms},
         commit=describe_run()["commit"],
@@ -176,44 +184,54 @@ def make_row(
     )
 
 
-def measure_step_cost(make_trainer: Any, ablation: AblationArguments) -> list[dict[str, Any]]:
+def measure_step_cost(
+    make_trainer: Callable[[dict[str, Any]], DistillationTrainer], ablation: AblationArguments
+) -> list[dict[str, Any]]:
     """Median seconds of a training step (forward of both models, backward, optimiser) with each form, in turns on the
     same batches, and their ratio to logits alone."""
-    forms = {**{name: SETTINGS[name] for name in ablation.settings}, **FORMS, "logits": LOGITS}
-    steps = {name: Stepper(make_trainer(changes)) for name, changes in forms.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ablation.step_cost_rounds):
-        for name, step in steps.items():
+    # A schedule has no one cost.
+    settings = {name: SETTINGS[name] for name in ablation.settings if "task_loss_schedule" not in SETTINGS[name]}
+    forms = {"logits": LOGITS, **settings, **FORMS}
+    steppers = {name: Stepper(make_trainer(changes)) for name, changes in forms.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    batches = steppers["logits"].trainer.get_train_dataloader()
+    for batch in itertools.islice(itertools.cycle(batches), ablation.step_cost_rounds):
+        for name, step in steppers.items():
             start = time.perf_counter()
-            step()
+            step(batch)
             seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    # Batches differ in length: each step is compared with that of logits on the same one; the first warms up.
+    ratios = {
+        name: [time / other for time, other in zip(times[1:], seconds["logits"][1:], strict=True)]
+        for name, times in seconds.items()
+    }
     return [
         {
             "form": name,
-            "seconds": round(median, 4),
-            "ratio": round(median / medians["logits"], 3),
-            "min": round(min(seconds[name][1:]), 4),
-            "max": round(max(seconds[name][1:]), 4),
+            "ratio": round(statistics.median(ratios[name]), 3),
+            "min": round(min(ratios[name]), 3),
+            "max": round(max(ratios[name]), 3),
+            "seconds": round(statistics.median(seconds[name][1:]), 4),
         }
-        for name, median in medians.items()
+        for name in forms
     ]
 
 
 class Stepper:
-    """Runs one training step after another on a trainer's own batches."""
+    """Runs training steps of one trainer."""
 
     def __init__(self, trainer: DistillationTrainer):
         self.trainer = trainer
         self.model = trainer.accelerator.prepare_model(trainer.model)
         trainer.create_optimizer()
-        self.batches = iter(trainer.get_train_dataloader())
 
-    def __call__(self) -> None:
-        batches, num_items = self.trainer.get_batch_samples(self.batches, 1, self.trainer.args.device)
-        self.trainer.training_step(self.model, batches[0], num_items)
-        self.trainer.optimizer.step()
+    def __call__(self, batch: dict[str, Any]) -> None:
+        trainer = self.trainer
+        batches, num_items = trainer.get_batch_samples(iter([dict(batch)]), 1, trainer.args.device)
+        trainer.training_step(self.model, batches[0], num_items)
+        trainer.optimizer.step()
         self.model.zero_grad()
+        trainer.distillation_objective.zero_grad()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Distil a fine-tuned teacher into a smaller student on a GLUE task or on your own files.
 
-accelerate launch recipes/glue_distill.py --task_name sst2 --teacher_model_name_or_path runs/sst2-teacher
---student_num_layers 3 \
-    --run_baseline --output_dir runs/sst2-student
+accelerate launch recipes/glue_distill.py --task_name sst2 --teacher_model_name_or_path runs/sst2-teacher \
+    --student_num_layers 3 --run_baseline --output_dir runs/sst2-student
 
 A YAML file may come first:
 `glue_distill.py recipes/configs/sst2.yaml --teacher_model_name_or_path ... --output_dir ...`.
@@ -81,6 +80,22 @@ class ModelArguments:
         default="importance",
         metadata={"help": "A narrower student starts from the teacher's most important weights, or at random."},
     )
+
+    def __post_init__(self) -> None:
+        flags = ("layers", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+        is_set = [f"--student_{name}" for name in flags if getattr(self, f"student_{name}") is not None]
+        if self.student_model_name_or_path is not None and is_set:
+            raise ValueError(
+                f"student_model_name_or_path={self.student_model_name_or_path!r} is a model with a shape of its own; "
+                "drop "
+                f"{', '.join(is_set)}, or that flag."
+            )
+
+
+@dataclass
+class DistillArguments(ModelArguments):
+    """What this recipe does with them."""
+
     separate_tokenizers: bool = field(
         default=False,
         metadata={
@@ -102,36 +117,34 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.separate_tokenizers and self.student_model_name_or_path is None:
             raise ValueError(
                 "separate_tokenizers is for a student with a tokenizer of its own; give one with "
                 "--student_model_name_or_path, or drop the flag."
             )
-        flags = ("layers", "num_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-        is_set = [f"--student_{name}" for name in flags if getattr(self, f"student_{name}") is not None]
-        if self.student_model_name_or_path is not None and is_set:
-            raise ValueError(
-                f"student_model_name_or_path={self.student_model_name_or_path!r} is a model with a shape of its own; "
-                "drop "
-                f"{', '.join(is_set)}, or that flag."
-            )
 
 
 def main() -> None:
     model_args, data_args, args = parse_args(
-        (ModelArguments, DataArguments, DistillationTrainingArguments), **training_defaults(), learning_rate=1e-4
+        (DistillArguments, DataArguments, DistillationTrainingArguments), **training_defaults(), learning_rate=1e-4
     )
     if model_args.export_onnx:
         check_export_is_installed()
     data, task = load_data(data_args, args.seed, has_teacher=True)
     texts = data
     teachers = load_task_teachers(model_args, task)
-    tokenizer, student_tokenizer = load_tokenizers(model_args)
+    tokenizer, student_tokenizer = load_tokenizers(model_args, model_args.separate_tokenizers)
     splits = measured_splits(data, task)
     # Before hours of training: a teacher that does not fit the data is found here.
     evaluated = DatasetDict({split: data[split] for split in splits})
     evaluated = tokenize_data(evaluated, task, tokenizer, data_args, args)
     rows = evaluate_teachers(teachers, args, tokenizer, evaluated, task)
+    if model_args.separate_tokenizers and data_args.augment and data_args.augment_masked_lm is None:
+        raise ValueError(
+            "augment writes the mask token of one tokenizer into texts that two read; give --augment_masked_lm, which "
+            "replaces words by words, or drop --augment."
+        )
     data = add_augmented(data, task, tokenizer, data_args, args)
     collator: Any = DataCollatorWithPadding(tokenizer)
     if model_args.separate_tokenizers:
@@ -183,7 +196,7 @@ def main() -> None:
             steps=best.state.max_steps,
             labeled_rows=num_labeled,
             unlabeled_rows=len(train_dataset) - num_labeled,
-            augment=data_args.augment,
+            augment=data_args.augment if role == "student" else 0,
             weights={term.name: term.weight for term in best.distillation_objective.terms},
         )
         return best, row
@@ -237,9 +250,9 @@ def load_task_teachers(model_args: ModelArguments, task: TextTask) -> list[PreTr
     return teachers
 
 
-def load_tokenizers(model_args: ModelArguments) -> tuple[Any, Any]:
+def load_tokenizers(model_args: ModelArguments, separate: bool = False) -> tuple[Any, Any]:
     """The tokenizer that reads the data, and the one that is saved with the student; their tokens are the same, but
-    with `--separate_tokenizers`.
+    where they are separate.
 
     The teacher's reads: a DistilBERT student's own one writes no segments, which a BERT teacher was trained with.
     """
@@ -247,9 +260,9 @@ def load_tokenizers(model_args: ModelArguments) -> tuple[Any, Any]:
     teacher_tokenizer = load_teacher_tokenizer(teacher_path)
     path = model_args.student_model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(path) if path is not None else teacher_tokenizer
-    if tokenizer is None or (model_args.separate_tokenizers and teacher_tokenizer is None):
+    if tokenizer is None or (separate and teacher_tokenizer is None):
         raise ValueError(f"{teacher_path} holds no tokenizer; save it there with tokenizer.save_pretrained(folder).")
-    if not model_args.separate_tokenizers:
+    if not separate:
         check_tokenizers(tokenizer, teacher_tokenizer)
     for other_path in other_paths:
         check_tokenizers(teacher_tokenizer or tokenizer, load_teacher_tokenizer(other_path))

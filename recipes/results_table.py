@@ -39,13 +39,13 @@ def main() -> None:
 def format_ablation(runs: list[dict[str, Any]]) -> str:
     """One Markdown line per task, student and setting of `glue_ablation.py`, with the cost of a step where a file
     measured it; then one per form of a term."""
-    costs = [cost for run in runs for cost in run.get("step_cost", [])]
-    cost_of = {cost["form"]: f"{cost['ratio']:.2f}" for cost in costs}
     lines = [
         "| task | student | setting | labelled rows | other rows | steps | value | difference to task | step |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
+        cost_of = {cost["form"]: f"{cost['ratio']:.2f}" for cost in run.get("step_cost", [])}
+        plain = [_main_value(row) for row in run["rows"] if row.get("setting") == "task"]
         by_setting: dict[tuple, list[dict[str, Any]]] = {}
         for row in run["rows"]:
             key = (
@@ -54,23 +54,23 @@ def format_ablation(runs: list[dict[str, Any]]) -> str:
                 else (row["setting"], row["unlabeled_rows"], row["steps"])
             )
             by_setting.setdefault(key, []).append(row)
-        plain: list[float] = []
         for (setting, _, steps), rows in by_setting.items():
             row, values = rows[0], [_main_value(row) for row in rows]
             value = _with_spread(values)
             if setting == "teacher":
                 lines.append(f"| {row['task']} | teacher, {row['layers']} layers | | | | | {value} | | |")
                 continue
-            plain = plain or values  # the first setting of each file is the task alone
-            gain = "" if values is plain else f"{statistics.mean(values) - statistics.mean(plain):+.2f}"
+            is_compared = plain and setting != "task"
+            gain = f"{statistics.mean(values) - statistics.mean(plain):+.2f}" if is_compared else ""
             lines.append(
                 f"| {row['task']} | {row['layers']} layers, width {row['hidden_size']} | {setting} | "
                 f"{row['labeled_rows']} | {_describe_rows(row)} | {steps} | {value} | {gain} | "
                 f"{cost_of.get(setting, '')} |"
             )
-    if costs:
-        lines += ["", "| form, on top of logits | step, times that of logits |", "|---|---|"]
-        lines += [f"| {cost['form']} | {cost['ratio']:.2f} |" for cost in costs]
+    for run in runs:
+        if "step_cost" in run:
+            lines += ["", "| form, on top of logits | step, times that of logits |", "|---|---|"]
+            lines += [f"| {cost['form']} | {cost['ratio']:.2f} |" for cost in run["step_cost"]]
     return "\n".join(lines)
 
 

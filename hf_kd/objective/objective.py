@@ -97,15 +97,23 @@ class DistillationObjective(nn.Module):
         ]
         return wanted[0] if len(wanted) == 1 else wanted
 
-    def terms_on(self, progress: float) -> list[Term]:
+    @property
+    def has_schedules(self) -> bool:
+        """Whether anything changes over the training."""
+        schedules = [term.schedule for term in self.terms]
+        schedules += [term.temperature_schedule for term in self.terms if isinstance(term, LogitTerm)]
+        return any(read_schedule(schedule).kind != "constant" for schedule in schedules)
+
+    def terms_on(self, progress: float | None = None) -> list[Term]:
         """The terms whose schedule does not give 0 at this share of the training."""
+        progress = self._require_progress(progress)
         return [term for term in self.terms if weight_at(term, progress) > 0]
 
-    def compares_with_teacher(self, progress: float = 0.0) -> bool:
+    def compares_with_teacher(self, progress: float | None = None) -> bool:
         """Whether a teacher has to run at this share of the training."""
         return any(not isinstance(term, TaskTerm) for term in self.terms_on(progress))
 
-    def uses_logits(self, progress: float = 0.0) -> bool:
+    def uses_logits(self, progress: float | None = None) -> bool:
         """Whether a term depends on the student's logits, and so on all of its layers, at this share of the
         training."""
         return any(isinstance(term, TaskTerm | LogitTerm) for term in self.terms_on(progress))
@@ -154,7 +162,7 @@ class DistillationObjective(nn.Module):
         labels: Tensor | None = None,
         num_items: ItemCounts | None = None,
         task_loss: Tensor | None = None,
-        progress: float = 0.0,
+        progress: float | None = None,
     ) -> dict[str, Tensor]:
         """Compute the terms that are on.
 
@@ -167,8 +175,8 @@ class DistillationObjective(nn.Module):
             num_items ([`ItemCounts`], *optional*): What to divide by, when the batch is a part of the optimisation
                 step.
             task_loss (`torch.Tensor`, *optional*): The task term, where the caller has its own.
-            progress (`float`, *optional*, defaults to 0.0): Share of the optimisation steps that are done, which the
-                schedules follow.
+            progress (`float`, *optional*): Share of the optimisation steps that are done, which the schedules follow;
+                needed if there are any.
 
         Returns:
             `dict[str, torch.Tensor]`: Name to unweighted scalar, in the order of the terms.
@@ -183,6 +191,7 @@ class DistillationObjective(nn.Module):
         wanted = self.teacher_wanted
         for signals, of_teacher in zip(teachers, wanted if isinstance(wanted, list) else [wanted], strict=False):
             self._require_signals("teacher", signals, of_teacher)
+        progress = self._require_progress(progress)
         terms_on = self.terms_on(progress)
         # Scores from q and k, and projections, would otherwise be rounded to bfloat16 by the training step's autocast.
         with torch.autocast(student.logits.device.type, enabled=False):
@@ -199,8 +208,9 @@ class DistillationObjective(nn.Module):
                 values[name] = values[name] + 0.0 * torch.stack([p.sum() for p in idle]).sum()
         return values
 
-    def weighted_sum(self, values: dict[str, Tensor], progress: float = 0.0) -> Tensor:
+    def weighted_sum(self, values: dict[str, Tensor], progress: float | None = None) -> Tensor:
         """The loss to train on: each term times its weight, as given, and its schedule's factor."""
+        progress = self._require_progress(progress)
         terms_on = self.terms_on(progress)
         return torch.stack([weight_at(term, progress) * values[term.name] for term in terms_on]).sum()
 
@@ -389,6 +399,14 @@ class DistillationObjective(nn.Module):
     def _first(self, term: HiddenTerm | RelationTerm, student: Signals, layer: int) -> Tensor:
         return self._projected(term, _first_token(student, layer), layer)
 
+    def _require_progress(self, progress: float | None) -> float:
+        if progress is None and self.has_schedules:
+            raise ValueError(
+                "the terms have schedules, which follow the training; pass progress=step / num_steps to the objective "
+                "and to weighted_sum."
+            )
+        return progress or 0.0
+
     # Binding
 
     def _require_binding(self) -> Binding:
@@ -423,6 +441,15 @@ class DistillationObjective(nn.Module):
             attention=layers(binding.attention_pairs),
             values=layers({name: p for name, p in binding.attention_pairs.items() if name not in only_scores}),
         )
+
+    def check_every_term_has_a_step(self, num_steps: int) -> None:
+        """Raise a `ValueError` if a term is on at none of so many steps: its window lies between two of them."""
+        for term in self.terms:
+            if not any(weight_at(term, step / num_steps) > 0 for step in range(num_steps)):
+                raise ValueError(
+                    f"{term.name}: schedule={term.schedule!r} is on at none of the {num_steps} steps; widen the "
+                    "window."
+                )
 
     @staticmethod
     def _require_signals(side: str, signals: Signals, wanted: Wanted) -> None:

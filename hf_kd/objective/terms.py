@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..signals import Signals
 from ..signals.layers import LayerMapping
@@ -23,6 +23,8 @@ RelationLossType = Literal["minilm_v2", "minilm_v1", "similarity", "rkd", "pkt",
 HeadReduction = Literal["mean"]
 TeacherReduction = Literal["probabilities", "logits"]
 
+# What the Trainer logs under names of its own.
+_LOGGED = {"loss", "grad_norm", "learning_rate", "epoch", "num_input_tokens_seen"}
 # Set by the objective, not by the user of a term.
 _OWN_ARGUMENTS = {"num_items", "class_mask", "reach", "head_reduction", "relation_heads"}
 
@@ -87,6 +89,11 @@ class LogitTerm:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(
                 f"{self.name}: temperature={self.temperature} must be a finite number > 0, usually 1 to 8."
+            )
+        if self.type == "mse" and read_temperature_schedule(self.temperature_schedule).kind != "constant":
+            raise ValueError(
+                f"{self.name}: type='mse' has no temperature, so nothing would read temperature_schedule="
+                f"{self.temperature_schedule!r}; drop it."
             )
         read_temperature_schedule(self.temperature_schedule)
         _check_options(self, f"logit_{self.type or 'kl'}", reserved=frozenset({"temperature"}))
@@ -225,7 +232,8 @@ class CustomTerm:
 
     Args:
         function (`Callable`):
-            Takes the [`Signals`] of the student, those of the teacher and the labels (or `None`); returns a scalar.
+            Takes the [`Signals`] of the student, those of the teacher and the labels (or `None`); returns a scalar,
+            averaged over the rows.
         weight (`float`, *optional*, defaults to 1.0): Factor of the term in the sum.
         hidden_layers (`str` or list of pairs, *optional*): Layers whose hidden states the function reads.
         attention_layers (`str` or list of pairs, *optional*): Layers whose queries, keys and values it reads.
@@ -256,6 +264,12 @@ def weight_at(term: Term, progress: float) -> float:
 
 
 def _check_term(term: Any, loss_types: Any = None) -> None:
+    # torch names the projections by their terms, and has names of its own.
+    if term.name in _LOGGED or not term.name.isidentifier() or hasattr(nn.ModuleDict, term.name):
+        raise ValueError(
+            f"the term's name={term.name!r} cannot be its key in the logs and checkpoints, or is taken there; give it "
+            "another of letters, digits and underscores, e.g. name='my_loss'."
+        )
     if not (math.isfinite(term.weight) and term.weight >= 0):
         raise ValueError(f"{term.name}_weight={term.weight} must be a finite number >= 0; 0 switches the term off.")
     if loss_types is not None and term.type is not None and term.type not in get_args(loss_types):

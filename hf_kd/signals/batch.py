@@ -116,7 +116,9 @@ def count_items(inputs: Mapping[str, Any], problem: ProblemType = "single_label_
     mask, labels = attention_mask_of(inputs), labels_of(inputs, problem)
     lengths = mask.sum(dim=-1)  # (batch,)
     examples = lengths.new_full((), len(lengths))
-    if problem in ("token_classification", "masked_lm"):
+    if problem == "masked_lm" and labels is None:
+        predictions = lengths.new_zeros(())  # text for terms between layers
+    elif problem in ("token_classification", "masked_lm"):
         predictions = predicted_tokens(problem, mask, labels).sum()
     else:
         predictions = 2 * examples if problem == "question_answering" else examples

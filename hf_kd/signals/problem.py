@@ -42,7 +42,8 @@ def problem_of(model: Any) -> ProblemType:
     for suffix, problem in _HEADS.items():
         if any(name.endswith(suffix) for name in names):
             return problem
-    if any(name.endswith(_OTHER_HEADS) for name in names):
+    has_no_head = type(model).__module__.startswith("transformers.") and "For" not in names[0]
+    if has_no_head or any(name.endswith(_OTHER_HEADS) for name in names):
         raise ValueError(
             f"{names[0]} cannot be distilled; load the model with AutoModelForSequenceClassification, "
             "AutoModelForTokenClassification, AutoModelForQuestionAnswering or AutoModelForMaskedLM."

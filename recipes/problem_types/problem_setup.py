@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from datasets import DatasetDict, load_dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_kd import DistillationTrainer, DistillationTrainingArguments, student_from_teacher
 from hf_kd.compat import hardware_defaults, length_grouping
@@ -147,13 +148,22 @@ def distil(
     trainer = DistillationTrainer(
         model=models.student, teacher_model=models.teacher, train_dataset=data["train"], **kwargs
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
     trainer.save_model()
     rows.append(result_row("student", trainer, main_metric, seed=args.seed, steps=trainer.state.max_steps))
     if trainer.is_world_process_zero():
         write_results(Path(args.output_dir) / "results.json", rows)
         print(format_table(rows))
     trainer.accelerator.end_training()
+
+
+def find_checkpoint(args: DistillationTrainingArguments) -> str | None:
+    """The checkpoint to go on from; `--resume_from_checkpoint true` means the newest of the output folder."""
+    asked = args.resume_from_checkpoint
+    if asked is None or asked.lower() in ("true", "false"):
+        is_asked = asked is not None and asked.lower() == "true" and Path(args.output_dir).is_dir()
+        return get_last_checkpoint(args.output_dir) if is_asked else None
+    return asked
 
 
 def result_row(role: str, trainer: Trainer, main_metric: str, seed: int | None = None, **more: Any) -> dict[str, Any]:
