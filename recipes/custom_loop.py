@@ -57,9 +57,9 @@ def main() -> None:
                 outputs = wrapped(**batch, **capture.forward_kwargs)
             student_signals = capture.signals(outputs, batch)
             teacher_signals = teacher(batch)
-            progress = step / num_steps  # what schedules follow
-            terms = objective(student_signals, teacher_signals, labels, progress=progress)
-            accelerator.backward(objective.weighted_sum(terms, progress))
+            done = step / num_steps  # what schedules follow
+            terms = objective(student_signals, teacher_signals, labels, progress=done)
+            accelerator.backward(objective.weighted_sum(terms, done))
             accelerator.clip_grad_norm_([*wrapped.parameters(), *objective.parameters()], 1.0)
             optimizer.step()
             scheduler.step()

@@ -248,7 +248,11 @@ def test_every_config_is_read_by_its_recipe(path, tmp_path, monkeypatch):
     is_teacher = recipe.__name__ == "glue_finetune"
     model_flag = "--model_name_or_path" if is_teacher else "--teacher_model_name_or_path"
     _, data, _ = parse_args(
-        (recipe.ModelArguments, DataArguments, TrainingArguments if is_teacher else DistillationTrainingArguments),
+        (
+            recipe.ModelArguments if is_teacher else recipe.DistillArguments,
+            DataArguments,
+            TrainingArguments if is_teacher else DistillationTrainingArguments,
+        ),
         [str(path), model_flag, "some/model", "--output_dir", str(tmp_path), "--bf16", "false"],
         **training_defaults(),
     )
@@ -326,14 +330,17 @@ def test_table_of_an_ablation(tmp_path, monkeypatch, capsys):
 
     rows = [row(None, None, 0.9, role="teacher"), row("task", 1, 0.5, role="baseline"), row("task", 2, 0.6)]
     rows += [row("hidden", 1, 0.7), row("hidden", 2, 0.8), row("hidden", 1, 0.9, unlabeled_rows=7, steps=12)]
-    (tmp_path / "rows.json").write_text(json.dumps({"run": RUN, "rows": rows}))
     cost = {"form": "hidden", "ratio": 1.25}
-    (tmp_path / "cost.json").write_text(json.dumps({"run": RUN, "rows": [], "step_cost": [cost]}))
-    run(monkeypatch, "results_table", tmp_path / "rows.json", tmp_path / "cost.json")
+    (tmp_path / "one.json").write_text(json.dumps({"run": RUN, "rows": rows, "step_cost": [cost]}))
+    other = {"run": RUN, "rows": [{**rows[3], "hidden_size": 8}], "step_cost": [{**cost, "ratio": 1.5}]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    run(monkeypatch, "results_table", tmp_path / "one.json", tmp_path / "other.json")
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [line[2:] for line in lines[3:6]] == [
         ["task", "5", "", "9", "55.00 ± 7.07", "", " |"],
         ["hidden", "5", "", "9", "75.00 ± 7.07", "+20.00", "1.25 |"],
         ["hidden", "5", "7 unlabelled", "12", "90.00", "+35.00", "1.25 |"],
     ]
-    assert ["| hidden", "1.25 |"] in lines
+    # Another student has costs of its own, and no baseline in its file to be compared with.
+    assert lines[6][1:] == ["2 layers, width 8", "hidden", "5", "", "9", "70.00", "", "1.50 |"]
+    assert ["| hidden", "1.25 |"] in lines and ["| hidden", "1.50 |"] in lines

@@ -594,3 +594,35 @@ def test_objective_was_not_bound():
     """Whoever forgets it reads what to call."""
     signals = Signals(torch.zeros(1, 2), torch.ones(1, 3))
     assert_refused(lambda: DistillationObjective([TaskTerm()])(signals), "objective.bind(student.config")
+
+
+# What would be off without a word
+
+
+def test_schedules_need_to_know_where_the_training_is(student, teacher):
+    """A loop of one's own that does not say would stay at the first step's weights for ever."""
+    objective = DistillationObjective([LogitTerm(schedule="linear:1:0.5"), TaskTerm()])
+    assert_refused(lambda: objective.weighted_sum({}), "the terms have schedules", "pass progress=step / num_steps")
+    assert_refused(lambda: objective.terms_on(), "pass progress=step / num_steps")
+    cooling = DistillationObjective([LogitTerm(temperature_schedule="linear:1:0.5")])
+    assert_refused(lambda: cooling.uses_logits(), "pass progress=step / num_steps")
+
+
+def test_a_window_between_two_steps():
+    """Four steps are at 0, 1/4, 1/2 and 3/4 of the training: a window between them would never open."""
+    objective = DistillationObjective([TaskTerm(), LogitTerm(schedule="window:0.3:0.45")])
+    assert_refused(lambda: objective.check_every_term_has_a_step(4), "logit_loss", "none of the 4 steps", "widen")
+    objective.check_every_term_has_a_step(5)
+
+
+@pytest.mark.parametrize("name", ["loss", "epoch", "hidden.top", "keys", "hidden loss"])
+def test_names_that_are_taken(name):
+    """The log would show another value as the loss, or torch stop at a name it cannot use."""
+    assert_refused(lambda: HiddenTerm(name=name), f"name={name!r}", "name='my_loss'")
+
+
+def test_squared_error_has_no_temperature():
+    """A schedule that nothing reads would stand in the run's arguments."""
+    assert_refused(
+        lambda: LogitTerm(type="mse", temperature_schedule="linear:1:0.5"), "type='mse' has no temperature", "drop it"
+    )

@@ -114,9 +114,10 @@ def test_refuses_a_config_that_contradicts_itself(num_labels, problem_type):
         sequence_problem(config)
 
 
-def test_a_model_without_a_head_is_not_told_by_its_name():
-    """`AutoModel` has no logits; that is said where they are read, see `Capture`."""
-    assert problem_of(make(AutoModel)) == "single_label_classification"
+def test_a_model_without_a_head():
+    """It has no logits, which would be said in the first step."""
+    with pytest.raises(ValueError, match="BertModel cannot be distilled; load the model with AutoModelForSequence"):
+        problem_of(make(AutoModel))
 
 
 # What counts
@@ -184,8 +185,9 @@ def test_predicted_tokens():
 
 
 def test_masked_lm_needs_to_know_what_is_masked():
-    """Without it the terms would be averaged over tokens that the model can read."""
+    """Without it the terms would be averaged over tokens that the model can read; text alone is for the layers."""
     with pytest.raises(ValueError, match=r"at the masked tokens.*DataCollatorForLanguageModeling\(tokenizer\)"):
-        count_items(INPUTS, "masked_lm")
+        predicted_tokens("masked_lm", MASK, None)
+    assert count_items(INPUTS, "masked_lm").predictions == 0
     with pytest.raises(ValueError, match=r"\(3,\) do not fit tokens of shape \(3, 4\)"):
         count_items({**INPUTS, "labels": torch.tensor([1, 0, 1])}, "token_classification")
