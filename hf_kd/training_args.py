@@ -71,9 +71,12 @@ class DistillationTrainingArguments(TrainingArguments):
         layer_mapping (`str`, *optional*, defaults to `"uniform"`): Which student layer learns from which teacher
             layer, for hidden states and attention.
         relation_layer_mapping (`str`, *optional*, defaults to `"last"`): The same for relations.
-        task_loss_schedule (`str`, *optional*): Factor of the weight over training: `"constant"`, `"linear:1:0"`,
-            `"cosine:1:0"` or `"window:0:0.5"`. Likewise `logit_loss_schedule`, `hidden_loss_schedule`,
-            `attention_loss_schedule` and `relation_loss_schedule`.
+        task_loss_schedule (`str`, *optional*): Factor of `task_loss_weight` over training: `"constant"`, `"linear:1:0"`,
+            `"cosine:1:0"` or `"window:0:0.5"`.
+        logit_loss_schedule (`str`, *optional*): The same for `logit_loss_weight`.
+        hidden_loss_schedule (`str`, *optional*): The same for `hidden_loss_weight`.
+        attention_loss_schedule (`str`, *optional*): The same for `attention_loss_weight`.
+        relation_loss_schedule (`str`, *optional*): The same for `relation_loss_weight`.
         temperature_schedule (`str`, *optional*): Factor of the temperature, likewise.
         teacher_weights (`list[float]`, *optional*): Shares of several teachers; all alike by default.
         teacher_reduction (`str`, *optional*, defaults to `"probabilities"`): Mean of several teachers over softened
