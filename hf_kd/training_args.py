@@ -71,8 +71,8 @@ class DistillationTrainingArguments(TrainingArguments):
         layer_mapping (`str`, *optional*, defaults to `"uniform"`): Which student layer learns from which teacher
             layer, for hidden states and attention.
         relation_layer_mapping (`str`, *optional*, defaults to `"last"`): The same for relations.
-        task_loss_schedule (`str`, *optional*): Factor of `task_loss_weight` over training: `"constant"`, `"linear:1:0"`,
-            `"cosine:1:0"` or `"window:0:0.5"`.
+        task_loss_schedule (`str`, *optional*): Factor of `task_loss_weight` over training: `"constant"`,
+            `"linear:1:0"`, `"cosine:1:0"` or `"window:0:0.5"`.
         logit_loss_schedule (`str`, *optional*): The same for `logit_loss_weight`.
         hidden_loss_schedule (`str`, *optional*): The same for `hidden_loss_weight`.
         attention_loss_schedule (`str`, *optional*): The same for `attention_loss_weight`.
