@@ -68,9 +68,13 @@ def format_ablation(runs: list[dict[str, Any]]) -> str:
                 f"{cost_of.get(setting, '')} |"
             )
     for run in runs:
-        if "step_cost" in run:
-            lines += ["", "| form, on top of logits | step, times that of logits |", "|---|---|"]
-            lines += [f"| {cost['form']} | {cost['ratio']:.2f} |" for cost in run["step_cost"]]
+        settings = {row.get("setting") for row in run["rows"]}
+        forms = [cost for cost in run.get("step_cost", []) if cost["form"] not in settings]
+        if forms:
+            width = next((row["hidden_size"] for row in run["rows"] if "hidden_size" in row), None)
+            student = f" of a student of width {width}" if width else ""
+            lines += ["", f"| form, on top of logits | step{student}, times that of logits |", "|---|---|"]
+            lines += [f"| {cost['form']} | {cost['ratio']:.2f} |" for cost in forms]
     return "\n".join(lines)
 
 
