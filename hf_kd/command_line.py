@@ -54,7 +54,7 @@ def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with numbers as YAML 1.2 has them, which refuses a key that is written twice."""
+    """The safe loader, with numbers and words as YAML 1.2 has them, which refuses a key that is written twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep=deep)
@@ -65,17 +65,19 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-# Numbers as YAML 1.2 reads them: 5e-5 is one, and 1:4, a layer map, is none (in YAML 1.1 it is 64, to base 60).
-_NUMBERS = {
+# As YAML 1.2 reads them: 5e-5 is a number, 1:4, a layer map, is none (in YAML 1.1 it is 64, to base 60), and `no`,
+# as in `save_strategy: no`, is a word.
+_SCALARS = {
+    "tag:yaml.org,2002:bool": "true|True|TRUE|false|False|FALSE",
     "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)",
     "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
 }
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _SCALARS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-for tag, pattern in _NUMBERS.items():
-    _Loader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), list("-+.0123456789"))
+for tag, pattern in _SCALARS.items():
+    _Loader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), list("-+.0123456789tTfF"))
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:

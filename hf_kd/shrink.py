@@ -53,7 +53,8 @@ def shrink(model: PreTrainedModel, config: Any) -> PreTrainedModel:
         raise ValueError(
             f"hidden_size={config.hidden_size} with num_attention_heads={config.num_attention_heads} makes heads of "
             f"{new_head_size}, and the teacher's have {head_size}, so that nothing could fill the rest; use "
-            f"num_attention_heads={-(-config.hidden_size // head_size)} or more, or init='random'."
+            f"num_attention_heads={-(-config.hidden_size // head_size)} or more, "
+            f"hidden_size={head_size * config.num_attention_heads} or less, or init='random'."
         )
     student = type(model)(config).float().eval()
     state, blocks = model.state_dict(), _block_names(model)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -43,7 +44,8 @@ from hf_kd.results import describe_run, read_results, write_results
 
 
 # Every setting says what is on; flags say how.
-OFF = {f"{term}_loss_weight": 0.0 for term in ("hidden", "attention", "relation")}
+OFF: dict[str, Any] = {f"{term}_loss_weight": 0.0 for term in ("hidden", "attention", "relation")}
+OFF |= {f"{term}_loss_schedule": None for term in ("task", "logit", "hidden", "attention", "relation")}
 LOGITS = {**OFF, "task_loss_weight": 0.1, "logit_loss_weight": 0.9}
 SETTINGS: dict[str, dict[str, Any]] = {
     "task": {**OFF, "task_loss_weight": 1.0, "logit_loss_weight": 0.0},
@@ -53,7 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "minilm_v2": {**LOGITS, "relation_loss_weight": 1.0},
     "hidden+attention": {**LOGITS, "hidden_loss_weight": 1.0, "attention_loss_weight": 1.0},
     # TinyBERT's order: the layers first, then the predictions.
-    "two stages": {
+    "two_stages": {
         **LOGITS,
         **{"hidden_loss_weight": 1.0, "attention_loss_weight": 1.0},
         **{"hidden_loss_schedule": "window:0:0.5", "attention_loss_schedule": "window:0:0.5"},
@@ -79,13 +81,13 @@ class AblationArguments:
     step_cost: bool = field(
         default=False, metadata={"help": "Measure the time of a step with each form of each term, and train nothing."}
     )
-    step_cost_rounds: int = field(default=15, metadata={"help": "Steps of each form, in turns, > 1."})
+    step_cost_rounds: int = field(default=15, metadata={"help": "Steps of each form, in turns, > 3."})
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.settings if name not in SETTINGS]:
             raise ValueError(f"settings={unknown} are not known; choose from {', '.join(SETTINGS)}.")
-        if self.step_cost_rounds < 2:
-            raise ValueError(f"step_cost_rounds={self.step_cost_rounds} must be at least 2; the first one warms up.")
+        if self.step_cost_rounds < 4:
+            raise ValueError(f"step_cost_rounds={self.step_cost_rounds} must be at least 4; the first one warms up.")
 
 
 def main() -> None:
@@ -125,6 +127,7 @@ def main() -> None:
     if not rows:
         measured = DatasetDict({split: data[split] for split in splits})
         rows = evaluate_teachers(teachers, args, tokenizer, measured, task)
+    check_same_student(rows, task, make_student(model_args, teachers[0], task), path)
     done = {run_key(row) for row in rows if row["role"] != "teacher"}
     for seed in ablation.seeds:
         for setting in ablation.settings:
@@ -137,12 +140,15 @@ def main() -> None:
                 "seed": seed,
                 "epochs": args.num_train_epochs,
                 "learning_rate": args.learning_rate,
+                "max_steps": args.max_steps,
+                "batch_size": args.per_device_train_batch_size,
                 "labeled_rows": num_labeled,
                 "unlabeled_rows": len(train_dataset) - num_labeled,
                 "augment": 0 if is_baseline else data_args.augment,
                 "augment_masked_lm": None if is_baseline else data_args.augment_masked_lm,
             }
             if run_key(described) in done:
+                print(f"{setting}, seed {seed}: already in {path}")
                 continue
             trainer = make_trainer(train_dataset, seed, SETTINGS[setting])
             start = time.perf_counter()
@@ -158,7 +164,19 @@ def main() -> None:
 def run_key(row: dict[str, Any]) -> tuple:
     """What tells the runs of one results file, which are of one student, apart."""
     names = ("setting", "seed", "epochs", "learning_rate", "labeled_rows", "unlabeled_rows", "augment")
-    return (*(row[name] for name in names), row.get("augment_masked_lm"))
+    return (
+        *(row[name] for name in names),
+        *(row.get(name) for name in ("max_steps", "batch_size", "augment_masked_lm")),
+    )
+
+
+def check_same_student(rows: list[dict[str, Any]], task: TextTask, student: PreTrainedModel, path: Path) -> None:
+    """One file compares settings of one student on one task."""
+    shape = {"task": task.name, "parameters": student.num_parameters(), "layers": student.config.num_hidden_layers}
+    for row in rows:
+        other = {name: row[name] for name in shape} if row["role"] != "teacher" else {"task": row["task"]}
+        if any(shape[name] != value for name, value in other.items()):
+            raise ValueError(f"{path} holds runs of {other}, but these are of {shape}; give another --output_dir.")
 
 
 def make_row(
@@ -190,13 +208,13 @@ def measure_step_cost(
     """Median seconds of a training step (forward of both models, backward, optimiser) with each form, in turns on the
     same batches, and their ratio to logits alone."""
     # A schedule has no one cost.
-    settings = {name: SETTINGS[name] for name in ablation.settings if "task_loss_schedule" not in SETTINGS[name]}
+    settings = {name: SETTINGS[name] for name in ablation.settings if SETTINGS[name]["task_loss_schedule"] is None}
     forms = {"logits": LOGITS, **settings, **FORMS}
     steppers = {name: Stepper(make_trainer(changes)) for name, changes in forms.items()}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     batches = steppers["logits"].trainer.get_train_dataloader()
     for batch in itertools.islice(itertools.cycle(batches), ablation.step_cost_rounds):
-        for name, step in steppers.items():
+        for name, step in random.sample(list(steppers.items()), len(steppers)):  # a slow moment hits no form alone
             start = time.perf_counter()
             step(batch)
             seconds[name].append(time.perf_counter() - start)

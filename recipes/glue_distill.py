@@ -75,7 +75,9 @@ class ModelArguments:
     )
     student_hidden_size: int | None = field(default=None, metadata={"help": "A smaller width."})
     student_intermediate_size: int | None = field(default=None, metadata={"help": "A smaller feed-forward width."})
-    student_num_attention_heads: int | None = field(default=None, metadata={"help": "Fewer heads."})
+    student_num_attention_heads: int | None = field(
+        default=None, metadata={"help": "Fewer heads, with a smaller width."}
+    )
     student_init: Literal["importance", "random"] = field(
         default="importance",
         metadata={"help": "A narrower student starts from the teacher's most important weights, or at random."},
@@ -207,7 +209,8 @@ def main() -> None:
         # As many steps as the student, on the rows that it can use.
         changes = {"task_loss_weight": 1.0, "max_steps": student_row["steps"]}
         distilled = ("logit", "hidden", "attention", "relation")
-        changes |= {f"{term}_loss_weight": 0.0 for term in distilled} | {"task_loss_schedule": None}
+        changes |= {f"{term}_loss_weight": 0.0 for term in distilled}
+        changes |= {f"{term}_loss_schedule": None for term in ("task", *distilled)}
         _, row = train("baseline", Path(args.output_dir) / "baseline", labeled(data["train"]), **changes)
         rows.insert(-1, row)
 
@@ -242,10 +245,17 @@ def export_student(folder: str, data_args: DataArguments, data: DatasetDict, tas
 def load_task_teachers(model_args: ModelArguments, task: TextTask) -> list[PreTrainedModel]:
     """The teachers, their classes in the task's order."""
     teachers = [load_teacher(path) for path in model_args.teacher_model_name_or_path]
-    for teacher in teachers:
+    for path, teacher in zip(model_args.teacher_model_name_or_path, teachers, strict=True):
         if model_args.teacher_label_names is not None:
             teacher.config.id2label = dict(enumerate(model_args.teacher_label_names))
         if task.label_names is not None:
+            names = [str(name) for name in teacher.config.id2label.values()]
+            if sorted(name.casefold() for name in names) != sorted(name.casefold() for name in task.label_names):
+                raise ValueError(
+                    f"the labels of {task.name} are {list(task.label_names)}, those of teacher {path} {names}; take a "
+                    "teacher of this task, or if it is one under other names, say which is which with "
+                    f"--teacher_label_names {' '.join(task.label_names)} (in the teacher's order)."
+                )
             reorder_labels(teacher, task.label_names)
     return teachers
 

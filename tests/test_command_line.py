@@ -149,10 +149,14 @@ def test_flags_are_not_abbreviated(parse):
         parse("name: x\n", "--rat", "3")
 
 
-def test_a_layer_map_is_no_number(tmp_path):
-    """YAML 1.1 reads 1:4 as 64, to base 60: the error would name a map that nobody wrote."""
+def test_a_layer_map_is_no_number_and_no_is_a_word(tmp_path):
+    """YAML 1.1 reads 1:4 as 64, to base 60, and `no` as False: errors would name values that nobody wrote."""
     path = tmp_path / "config.yaml"
-    path.write_text("layer_mapping: 1:4\nseed: 0010\nlearning_rate: 5e-5\nwarmup_steps: 3\ntemperature: .5\n")
+    path.write_text(
+        "layer_mapping: 1:4\nseed: 0010\nlearning_rate: 5e-5\nwarmup_steps: 3\ntemperature: .5\n"
+        "save_strategy: no\nuse_cpu: true\n"
+    )
     (args,) = parse_args((DistillationTrainingArguments,), [str(path)], output_dir=str(tmp_path))
     assert (args.layer_mapping, args.seed, args.learning_rate) == ("1:4", 10, 5e-5)
-    assert (args.warmup_steps, args.temperature) == (3, 0.5)
+    assert (args.warmup_steps, args.temperature, args.use_cpu) == (3, 0.5, True)
+    assert args.save_strategy == "no"

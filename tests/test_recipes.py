@@ -299,13 +299,13 @@ def test_ablation_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, teache
     assert first[1]["weights"] == {"task_loss": 1.0} and first[1]["hidden_size"] == 16
     assert first[2]["weights"] == {"task_loss": 0.1, "logit_loss": 0.9, "relation_loss": 1.0}
 
-    run(monkeypatch, "glue_ablation", *flags, "--settings", "task", "two stages", "--augment", 1)
+    run(monkeypatch, "glue_ablation", *flags, "--settings", "task", "two_stages", "--augment", 1)
     rows = read_results(output / "results.json")["rows"]
     assert rows[: len(first)] == first
     added = [(row["setting"], row["seed"], row["augment"], row["unlabeled_rows"] > 0) for row in rows[len(first) :]]
-    assert added == [("two stages", 1, 1, True), ("two stages", 2, 1, True)]
+    assert added == [("two_stages", 1, 1, True), ("two_stages", 2, 1, True)]
 
-    run(monkeypatch, "glue_ablation", *flags[:-3], "--step_cost", "true", "--step_cost_rounds", 2)
+    run(monkeypatch, "glue_ablation", *flags[:-3], "--step_cost", "true", "--step_cost_rounds", 4)
     costs = read_results(output / "results.json")["step_cost"]
     assert all(cost["ratio"] > 0 for cost in costs)
     assert read_results(output / "results.json")["rows"] == rows

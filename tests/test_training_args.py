@@ -185,10 +185,23 @@ def test_arguments_train_as_the_objective_they_describe(teacher, collator, make_
 )
 def test_an_objective_alone_describes_the_terms(make_args, field, value):
     """The field would be read by nothing, and stand in every table of the run."""
-    args = make_args(**{field: value})
+    weight = field.replace("_schedule", "_weight")
+    args = make_args(
+        **{field: value}, **({weight: 1.0} if weight != field and weight.endswith("_loss_weight") else {})
+    )
     assert_refused(
         args.check_objective_alone_describes_the_terms,
-        f"the arguments set {field}={value!r}, but the terms are those of objective=...; set them there, or drop",
+        f"{field}={value!r}",
+        "but the terms are those of objective=...; set them there, or drop",
+    )
+
+
+def test_a_schedule_of_a_term_that_is_off(make_args):
+    """Whoever copies TinyBERT's two stages and forgets a weight would train without the first."""
+    assert_refused(
+        lambda: make_args(hidden_loss_schedule="window:0:0.5"),
+        "hidden_loss_weight, which is 0",
+        "hidden_loss_weight=1",
     )
 
 

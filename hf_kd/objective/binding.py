@@ -181,10 +181,11 @@ def _check_heads(term: AttentionTerm | RelationTerm, student_config: Any, teache
     heads = student_config.num_attention_heads, teacher_config.num_attention_heads
     goes_by_head = term.head_reduction is None if isinstance(term, AttentionTerm) else term.type == "minilm_v1"
     if goes_by_head and heads[0] != heads[1]:
+        mean = "head_reduction='mean', " if isinstance(term, AttentionTerm) else ""
         raise ValueError(
             f"{term.name}: the student has {heads[0]} attention heads and the teacher {heads[1]}, which cannot be "
             "compared head by head; use relation_loss_weight=1 with relation_loss_type='minilm_v2', which needs no "
-            f"equal heads, head_reduction='mean', or a student with num_attention_heads={heads[1]}."
+            f"equal heads, {mean}or a student with num_attention_heads={heads[1]}."
         )
 
 

@@ -150,7 +150,10 @@ def distil(
     )
     trainer.train(resume_from_checkpoint=find_checkpoint(args))
     trainer.save_model()
-    rows.append(result_row("student", trainer, main_metric, seed=args.seed, steps=trainer.state.max_steps))
+    objective = trainer.distillation_objective
+    more = {"steps": trainer.state.max_steps, "weights": {term.name: term.weight for term in objective.terms}}
+    role = "student" if objective.needs_teacher else "baseline"
+    rows.append(result_row(role, trainer, main_metric, seed=args.seed, **more))
     if trainer.is_world_process_zero():
         write_results(Path(args.output_dir) / "results.json", rows)
         print(format_table(rows))
