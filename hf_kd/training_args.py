@@ -205,6 +205,9 @@ class DistillationTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value} must be a finite number >= 0; 0 switches the term off.")
+        if self.teacher_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"teacher_dtype={self.teacher_dtype!r} must be one of 'float32', 'bfloat16', 'float16'.")
+        self.objective()  # the terms check the rest
         for term in ("task", "logit", "hidden", "attention", "relation"):
             schedule = getattr(self, f"{term}_loss_schedule")
             if schedule is not None and getattr(self, f"{term}_loss_weight") == 0:
@@ -212,9 +215,6 @@ class DistillationTrainingArguments(TrainingArguments):
                     f"{term}_loss_schedule={schedule!r} multiplies {term}_loss_weight, which is 0; set "
                     f"{term}_loss_weight=1, or drop the schedule."
                 )
-        if self.teacher_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"teacher_dtype={self.teacher_dtype!r} must be one of 'float32', 'bfloat16', 'float16'.")
-        self.objective()  # the terms check the rest
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments | None) -> DistillationTrainingArguments:

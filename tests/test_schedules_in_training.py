@@ -233,7 +233,8 @@ def test_the_head_stays_bit_for_bit_in_the_first_stage(student, teacher, collato
 def test_both_stages_learn(teacher, collator, make_args):
     """A stage whose terms are on, but whose gradient is not, would be logged all the same."""
     student = make_model(seed=2, num_hidden_layers=2, **NARROW)
-    stages = {**STAGES, "attention_loss_weight": 0.0, "task_loss_weight": 0.0}
+    off = {"attention_loss_weight": 0.0, "attention_loss_schedule": None}
+    stages = {**STAGES, **off, "task_loss_weight": 0.0, "task_loss_schedule": None}
     args = make_args(max_steps=80, learning_rate=5e-3, logging_steps=10, **stages)
     _, record = train(student, teacher, args, collator, make_dataset(16))
     for name, num_logs in (("hidden_loss", 4), ("logit_loss", 4)):
