@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..signals import Signals
 from ..signals.layers import LayerMapping
 from . import losses
+from .losses.attention import HeadReduction
 from .schedules import Schedule, read_schedule, read_temperature_schedule
 
 
@@ -20,7 +21,6 @@ LogitLossType = Literal["kl", "soft_ce", "reverse_kl", "js", "mse", "dist", "sta
 HiddenLossType = Literal["mse", "cosine", "pkd", "gram", "nst"]
 AttentionLossType = Literal["mse", "kl", "cosine"]
 RelationLossType = Literal["minilm_v2", "minilm_v1", "similarity", "rkd", "pkt", "correlation", "crd"]
-HeadReduction = Literal["mean"]
 TeacherReduction = Literal["probabilities", "logits"]
 
 # What the Trainer logs under names of its own.
