@@ -344,3 +344,31 @@ def test_table_of_an_ablation(tmp_path, monkeypatch, capsys):
     # Another student has costs of its own, and no baseline in its file to be compared with.
     assert lines[6][1:] == ["2 layers, width 8", "hidden", "5", "", "9", "70.00", "", "1.50 |"]
     assert [line for line in lines if len(line) == 2][1:] == [["| hidden nst", "1.75 |"]]
+
+
+def test_ablation_of_another_student_in_the_same_file(tmp_path, monkeypatch, teacher_dir, glue_dir):
+    """Two students would share rows of one name, and the second be skipped as done."""
+    flags = ["--task_name", "sst2", "--glue_dir", glue_dir, "--teacher_model_name_or_path", teacher_dir, *QUICK]
+    flags += ["--settings", "task", "--seeds", 1, "--output_dir", tmp_path / "out"]
+    run(monkeypatch, "glue_ablation", *flags, "--student_num_layers", 2)
+    before = (tmp_path / "out" / "results.json").read_text()
+    with pytest.raises(ValueError, match="holds runs of .*give another --output_dir"):
+        run(monkeypatch, "glue_ablation", *flags, "--student_num_layers", 3)
+    assert (tmp_path / "out" / "results.json").read_text() == before
+
+
+def test_teacher_of_another_task(tmp_path, monkeypatch, teacher_dir, glue_dir):
+    """Its classes would be taken for those of the task."""
+    flags = ["--task_name", "mnli", "--glue_dir", glue_dir, "--teacher_model_name_or_path", teacher_dir]
+    with pytest.raises(
+        ValueError, match=r"those of teacher .*\['negative', 'positive'\]; take a teacher of this task"
+    ):
+        run(monkeypatch, "glue_distill", *flags, "--output_dir", tmp_path / "out", *QUICK)
+
+
+def test_masks_of_one_tokenizer_in_texts_of_two(tmp_path, monkeypatch, teacher_dir, glue_dir):
+    """The student's tokenizer would cut the teacher's mask token into pieces, and train on them."""
+    flags = ["--task_name", "sst2", "--glue_dir", glue_dir, "--teacher_model_name_or_path", teacher_dir]
+    flags += ["--student_model_name_or_path", teacher_dir, "--separate_tokenizers", "true", "--augment", 1]
+    with pytest.raises(ValueError, match="mask token of one tokenizer .*--augment_masked_lm"):
+        run(monkeypatch, "glue_distill", *flags, "--output_dir", tmp_path / "out", *QUICK)

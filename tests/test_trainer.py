@@ -500,3 +500,51 @@ def test_objective_does_the_same_without_the_trainer(student, teacher, collator,
         outputs = student.train()(**batch)
     loss = objective.weighted_sum(objective(capture.signals(outputs, batch), reader(batch), labels))
     assert loss.item() == pytest.approx(record.logs[0]["loss"], abs=1e-3)
+
+
+# What a review found
+
+
+def test_compute_loss_func_is_left_alone_where_no_task_term_is_on(student, teacher, collator, make_args):
+    """Unlabelled batches would crash in a function that needs labels, though nothing weighs what it returns."""
+
+    def fail(outputs, labels, num_items_in_batch=None):
+        raise AssertionError("called")
+
+    args = make_args(max_steps=1, task_loss_weight=0.0, logit_loss_weight=1.0)
+    trainer, _ = train(student, teacher, args, collator, compute_loss_func=fail)
+    assert trainer.state.global_step == 1
+
+
+def test_a_window_without_a_step_is_refused_before_training(student, teacher, collator, make_args):
+    """The run would end as if the term had been weighed."""
+    args = make_args(max_steps=4, logit_loss_schedule="window:0.3:0.45")
+    with pytest.raises(ValueError, match="logit_loss: schedule='window:0.3:0.45' is on at none of the 4 steps"):
+        train(student, teacher, args, collator)
+
+
+def test_a_second_student_gets_projections_of_its_own(teacher, make_args, collator):
+    """A fresh student of a given objective would be compared through what the first one learned."""
+    objective = DistillationObjective([HiddenTerm(1.0)])
+    trainer = DistillationTrainer(
+        args=make_args(max_steps=1),
+        model_init=lambda: make_model(seed=2, num_hidden_layers=2, hidden_size=16),
+        teacher_model=teacher,
+        objective=objective,
+        train_dataset=make_dataset(),
+        data_collator=collator,
+    )
+    trainer.train()
+    learned = [p.detach().clone() for p in objective.parameters()]
+    trainer.call_model_init()
+    assert len(learned) == len(list(objective.parameters())) == 4
+    assert not any(torch.equal(p, old) for p, old in zip(objective.parameters(), learned, strict=True))
+
+
+def test_masked_language_model_learns_layers_from_plain_text(collator, make_args):
+    """MiniLM's own use: text without masks or labels, where no term reads the logits."""
+    student = make_model(seed=2, num_hidden_layers=2, problem="masked_lm")
+    args = make_args(max_steps=2, task_loss_weight=0.0, logit_loss_weight=0.0, relation_loss_weight=1.0)
+    data = make_dataset().remove_columns("labels")
+    trainer, _ = train(student, make_model(seed=1, problem="masked_lm"), args, collator, data)
+    assert not torch.equal(weights(trainer.model), weights(student))
