@@ -73,6 +73,9 @@ def main() -> None:
     if accelerator.is_main_process:
         student.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
+    # DistributedDataParallel keeps gloo's threads alive, and one of them may abort the process as it exits.
+    del wrapped
+    accelerator.free_memory()
     accelerator.end_training()
 
 

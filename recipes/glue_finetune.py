@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from hf_kd.command_line import parse_args
+from hf_kd.distributed import end_training
 from hf_kd.glue import compute_metrics_fn
 from hf_kd.results import format_table, write_results
 
@@ -84,7 +85,7 @@ def main() -> None:
         )
         write_results(Path(args.output_dir) / "results.json", [row])
         print(format_table([row]))
-    trainer.accelerator.end_training()
+    end_training(trainer)
 
 
 if __name__ == "__main__":

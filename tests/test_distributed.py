@@ -34,6 +34,10 @@ def train(tmp_path, processes, batch_size, **changes):
     launch(SCRIPT, json.dumps(settings), processes=processes)
     found = [json.loads((output / f"rank_{rank}.json").read_text()) for rank in range(processes)]
     assert [rank["world_size"] for rank in found] == [processes] * processes
+    for rank in range(processes):
+        # Linux names them; elsewhere there is nothing to see.
+        threads = json.loads((output / f"threads_{rank}.json").read_text())
+        assert not [thread for thread in threads if "gloo" in thread]
     return found
 
 

@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_kd import DistillationTrainer, DistillationTrainingArguments, student_from_teacher
 from hf_kd.compat import hardware_defaults, length_grouping
+from hf_kd.distributed import end_training
 from hf_kd.results import format_table, write_results
 from hf_kd.signals import ProblemType, problem_of
 from hf_kd.signals.teacher import load_teacher, load_teacher_tokenizer
@@ -157,7 +158,7 @@ def distil(
     if trainer.is_world_process_zero():
         write_results(Path(args.output_dir) / "results.json", rows)
         print(format_table(rows))
-    trainer.accelerator.end_training()
+    end_training(trainer)
 
 
 def find_checkpoint(args: DistillationTrainingArguments) -> str | None:

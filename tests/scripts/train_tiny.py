@@ -8,6 +8,7 @@ from conftest import VOCAB, make_dataset, make_model, weights
 from transformers import BertTokenizerFast, DataCollatorWithPadding, TrainerCallback
 
 from hf_kd import DistillationTrainer, DistillationTrainingArguments
+from hf_kd.distributed import end_training
 
 
 class Record(TrainerCallback):
@@ -59,4 +60,6 @@ result = {
     "student_class": type(trainer.model_wrapped).__name__,
 }
 (output / f"rank_{args.process_index}.json").write_text(json.dumps(result))
-trainer.accelerator.end_training()
+end_training(trainer)
+threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+(output / f"threads_{args.process_index}.json").write_text(json.dumps(threads))
