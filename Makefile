@@ -29,11 +29,12 @@ PACKAGES    := torch transformers accelerate datasets evaluate optimum-onnx onnx
 # Two test workers with one thread each do not fight for cores, and nothing may depend on the network.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: help demo test quality versions clean
+.PHONY: help demo results test quality versions clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo             distil a small pretrained encoder, export and measure it, without the Hub"
+	@echo "make results          rebuild the results table: hours of training (ARGS='--glue_dir DIR --tasks mrpc rte')"
 	@echo "make test             run the tests            (ARGS='tests/objective -k kl' passes options to pytest)"
 	@echo "make quality          lint, format check, types"
 	@echo "make versions         what is installed"
@@ -44,6 +45,9 @@ help:
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/python recipes/demo.py $(ARGS)
+
+results: $(VENV)/.stamp
+	$(BIN)/python recipes/glue_results.py $(ARGS)
 
 test: versions
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

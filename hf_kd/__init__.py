@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TaskTerm,
     )
     from .signals.collator import DistillationCollator
+    from .signals.teacher import load_teacher
     from .student import student_from_teacher
     from .trainer import DistillationTrainer
     from .training_args import DistillationTrainingArguments
@@ -35,6 +36,7 @@ __all__ = [
     "RelationTerm",
     "Schedule",
     "TaskTerm",
+    "load_teacher",
     "student_from_teacher",
 ]
 
@@ -42,6 +44,7 @@ _MODULES = {
     "DistillationCollator": "signals.collator",
     "DistillationTrainer": "trainer",
     "DistillationTrainingArguments": "training_args",
+    "load_teacher": "signals.teacher",
     "student_from_teacher": "student",
 }
 

@@ -9,11 +9,13 @@ import torch
 from transformers import TrainingArguments
 
 
-def length_grouping() -> dict[str, Any]:
-    """The training argument that groups batches by length."""
+def length_grouping(is_on: bool = True) -> dict[str, Any]:
+    """The training argument that groups batches by length, in evaluation too, or does not."""
     names = {f.name for f in fields(TrainingArguments)}
     # transformers 5 turned the flag of 4.57 into one value of a strategy.
-    return {"group_by_length": True} if "group_by_length" in names else {"train_sampling_strategy": "group_by_length"}
+    if "group_by_length" in names:
+        return {"group_by_length": is_on}
+    return {"train_sampling_strategy": "group_by_length" if is_on else "random"}
 
 
 def hardware_defaults() -> dict[str, bool]:

@@ -21,7 +21,12 @@ import torch
 from .cpu import cpu_facts
 
 
-ROLES = {"teacher": "teacher", "baseline": "student without distillation", "student": "student distilled"}
+ROLES = {
+    "teacher": "teacher",
+    "baseline": "student without distillation",
+    "student": "student distilled",
+    "int8": "student distilled + int8",
+}
 _PACKAGES = (
     *("hf-kd", "torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers"),
     *("optimum-onnx", "onnx", "onnxscript", "onnxruntime"),
@@ -34,10 +39,13 @@ def write_results(path: str | os.PathLike, rows: Sequence[dict[str, Any]], **sec
     Args:
         path (`str`): The file to write.
         rows (sequence of `dict`):
-            One per model: `role` ("teacher", "baseline" or "student"), `task`, `seed`, `metrics` (split to metric to
-            value), `main_metric` (split and metric), `parameters`, and what else identifies the model.
+            One per model: `role` ("teacher", "baseline", "student", or "int8", the quantised student), `task`,
+            `seed`, `metrics` (split to metric to value), `main_metric` (split and metric), `parameters`, and what else
+            identifies the model.
         sections: What else belongs to the run, by name: `export` of [`~hf_kd.deploy.onnx.export_onnx`], `benchmark` of
-            [`~hf_kd.deploy.benchmark.benchmark`].
+            [`~hf_kd.deploy.benchmark.benchmark`], `comparisons` of
+            [`~hf_kd.significance.paired_bootstrap`] with `task`, `split` and `seeds`. An earlier `run` stays if it is
+            given.
     """
     temporary = Path(f"{path}.tmp")
     results = {"run": describe_run(), "rows": list(rows), **sections}
@@ -62,17 +70,21 @@ def describe_run() -> dict[str, Any]:
     }
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]] = ()) -> str:
     """One Markdown line per task and role: main metric as mean ± sample standard deviation over seeds, parameters,
     share retained.
 
     Args:
         rows (sequence of `dict`): Rows of one or more results files.
+        comparisons (sequence of `dict`, *optional*):
+            Their section `comparisons`; with any there is a column for the distilled student's difference to the one
+            without distillation, in points, and its interval.
     """
-    lines = [
-        "| task | model | metric | seeds | value | parameters | retained | labelled rows | unlabelled rows | steps |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    difference_of = {found["task"]: _format_difference(found) for found in comparisons}
+    names = ["task", "model", "metric", "seeds", "value"]
+    names += [f"difference [{100 * comparisons[0]['confidence']:g} %]"] if difference_of else []
+    names += ["parameters", "retained", "labelled rows", "unlabelled rows", "steps"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for task in dict.fromkeys(row["task"] for row in rows):
         teacher = main_values(rows, task, "teacher")
         for role, name in ROLES.items():
@@ -84,12 +96,18 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
                 f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             )
             kept = f"{statistics.mean(values) / statistics.mean(teacher):.1%}" if teacher and any(teacher) else ""
+            difference = f"{difference_of.get(task, '') if role == 'student' else ''} | " if difference_of else ""
             lines.append(
-                f"| {task} | {name} | {row['main_metric']['name']} | {len(values)} | {value} | "
+                f"| {task} | {name} | {row['main_metric']['name']} | {len(values)} | {value} | {difference}"
                 f"{row['parameters'] / 1e6:.1f}M | {kept} "
                 f"| {row.get('labeled_rows', '')} | {row.get('unlabeled_rows', '')} | {row.get('steps', '')} |"
             )
     return "\n".join(lines)
+
+
+def _format_difference(comparison: dict[str, Any]) -> str:
+    points, low, high = (100 * comparison[name] for name in ("difference", "low", "high"))
+    return f"{points:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def main_values(rows: Sequence[dict[str, Any]], task: str, role: str) -> list[float]:

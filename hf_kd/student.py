@@ -13,6 +13,10 @@ from .signals.capture import Family, FusedFamily, family_of
 from .signals.layers import uniform_layers
 
 
+# What was done stays on the model object, for the model card; config.json is the model's alone.
+START_ATTRIBUTE = "start_of_student"
+
+
 def student_from_teacher(
     teacher: PreTrainedModel,
     layers: list[int] | None = None,
@@ -56,9 +60,26 @@ def student_from_teacher(
     _reduce_layers(config, layers)
     narrow = _reduce_widths(config, hidden_size, intermediate_size, num_attention_heads)
     if narrow is not None and init == "random":
-        return type(teacher)(narrow).float().eval()
-    student = _copy_blocks(teacher, family, config, layers)
-    return student if narrow is None else shrink(student, narrow)
+        student = type(teacher)(narrow).float().eval()
+    else:
+        student = _copy_blocks(teacher, family, config, layers)
+        student = student if narrow is None else shrink(student, narrow)
+    setattr(student, START_ATTRIBUTE, _describe_start(teacher, student, layers, "copied" if narrow is None else init))
+    return student
+
+
+def _describe_start(teacher: PreTrainedModel, student: PreTrainedModel, layers: list[int], init: str) -> dict:
+    """Which of the teacher's weights the student has: `init` is `"copied"`, `"importance"` or `"random"`."""
+    old, new = teacher.config, student.config
+    names = ("hidden_size", "hidden_dim" if new.model_type == "distilbert" else "intermediate_size")
+    shapes = {name: [getattr(old, name), getattr(new, name)] for name in (*names, "num_attention_heads")}
+    return {
+        "teacher": old._name_or_path,
+        "init": init,
+        "layers": None if init == "random" else list(layers),
+        "of_layers": old.num_hidden_layers,
+        "narrowed": {name: shape for name, shape in shapes.items() if shape[0] != shape[1]},
+    }
 
 
 def _choose_layers(layers: list[int] | None, num_layers: int | None, num_teacher_layers: int) -> list[int]:

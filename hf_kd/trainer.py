@@ -10,10 +10,13 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .objective import DistillationObjective, TaskTerm
+from .agreement import TeacherAgreement
+from .objective import DistillationObjective, LogitTerm, TaskTerm
+from .publishing import PublishingTrainer
+from .resumption import ResumeNotes
 from .signals import Capture, ItemCounts, Signals, Teacher, TeacherEnsemble, count_items, labels_of, problem_of
 from .signals.capture import columns_for, forward_columns
 from .signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer
@@ -24,11 +27,12 @@ PROJECTION_NAME = "projection.safetensors"
 TeacherModel: TypeAlias = PreTrainedModel | str | os.PathLike
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(PublishingTrainer):
     """A [`~transformers.Trainer`] whose student also learns from a teacher.
 
     Training adds the terms of the objective; evaluation, prediction and saving are those of `Trainer`: no teacher
-    runs, and the saved model is the plain student. The value of each term is logged beside the loss.
+    runs, unless `eval_teacher_agreement` asks for it, and the saved model is the plain student. The value of each term
+    is logged beside the loss, and each weight and temperature that a schedule changes.
 
     Differs from `Trainer` with gradient accumulation: every term is averaged over the valid items of the whole
     optimisation step, on all processes, so that ragged batches weigh what they hold.
@@ -39,6 +43,8 @@ class DistillationTrainer(Trainer):
             Plain training arguments get the distillation's defaults.
         teacher_model ([`~transformers.PreTrainedModel`] or `str`, or a list of them, *optional*):
             The teacher, or the folder or Hub id of one; a list for several. Needed unless the task term alone is on.
+            Another revision, or a token that is not the one you are logged in with, is
+            `teacher_model=load_teacher("org/name", revision="v2", token=...)`, see [`load_teacher`].
         objective ([`DistillationObjective`], *optional*): The terms; by default those that `args` describes.
         kwargs: Everything else that `Trainer` takes.
 
@@ -76,6 +82,7 @@ class DistillationTrainer(Trainer):
         self.teacher: Teacher | TeacherEnsemble | None = None
         self._set_up_distillation()
         self.add_callback(_ProjectionCallback(self))
+        self.add_callback(ResumeNotes())
         # compute_loss divides by the items of the whole optimisation step, so the Trainer must not divide by the
         # accumulation steps. The first line tells transformers 4.57, the second 5.x.
         self._student_accepts_loss_kwargs, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
@@ -88,7 +95,8 @@ class DistillationTrainer(Trainer):
         # A collator that writes the texts in the teacher's tokens too; its rows have no tokens in common.
         reads_own_tokens = getattr(self.data_collator, "teacher_tokenizer", None) is not None
         self.problem = problem_of(self.model)
-        if self.teacher is None and objective.needs_teacher and self._given_teachers:
+        needs_teacher = objective.needs_teacher or self.args.eval_teacher_agreement
+        if self.teacher is None and needs_teacher and self._given_teachers:
             teachers = [self._load_teacher(teacher, reads_own_tokens) for teacher in self._given_teachers]
             self.teacher = teachers[0] if len(teachers) == 1 else TeacherEnsemble(teachers)
         objective.bind(
@@ -98,6 +106,7 @@ class DistillationTrainer(Trainer):
             shares_tokens=not reads_own_tokens,
         )
         objective.to(self.args.device)
+        self.teacher_agreement = self._make_teacher_agreement(not reads_own_tokens)
         if self.teacher is not None:
             self.teacher.watch(objective.teacher_wanted)  # type: ignore[arg-type]
         self.student_columns = forward_columns(self.model)
@@ -153,12 +162,40 @@ class DistillationTrainer(Trainer):
         if ignore_keys is None:
             ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", [])
         ignore_keys = [*ignore_keys, "hidden_states", "attentions"]
+        agreement = self.teacher_agreement
         accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, self._student_accepts_loss_kwargs
         try:
-            inputs = columns_for(self.student_columns, inputs)
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            student_inputs = columns_for(self.student_columns, inputs)
+            loss_only = prediction_loss_only and agreement is None
+            loss, logits, labels = super().prediction_step(model, student_inputs, loss_only, ignore_keys)
         finally:
             self.model_accepts_loss_kwargs = accepts
+        if agreement is not None:
+            inputs = self._prepare_inputs(inputs)
+            with self.accelerator.autocast():
+                teachers = self.teacher(inputs)  # type: ignore[misc]
+            compared = agreement.compare(logits, columns_for(self.student_columns, inputs), teachers)
+            agreement.add(self.accelerator.gather_for_metrics(compared))
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As `Trainer`, with the teacher agreement among the metrics, if it is asked for."""
+        if self.teacher_agreement is not None:
+            self.teacher_agreement.start()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.teacher_agreement is not None:
+            found = self.teacher_agreement.metrics()
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def _make_teacher_agreement(self, shares_tokens: bool) -> TeacherAgreement | None:
+        if not self.args.eval_teacher_agreement:
+            return None
+        logit_terms = [term for term in self.distillation_objective.terms if isinstance(term, LogitTerm)]
+        shares = {"teacher_weights": self.args.teacher_weights, "teacher_reduction": self.args.teacher_reduction}
+        term = logit_terms[0] if logit_terms else LogitTerm(**shares)
+        teacher_config = self.teacher and self.teacher.config
+        return TeacherAgreement(term, self.model.config, teacher_config, self.problem, shares_tokens)
 
     # Loss
 
@@ -206,7 +243,8 @@ class DistillationTrainer(Trainer):
             self._steps_in_sums.setdefault(name, set()).add(self.state.global_step)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the unweighted value of each term, averaged like the loss over processes and the steps it was on."""
+        """Add the unweighted value of each term, averaged like the loss over processes and the steps it was on, and
+        what schedules made of weights and temperature at the last of these steps."""
         if "loss" in logs and self._term_sums:
             num_steps = [len(steps) for steps in self._steps_in_sums.values()]
             values = torch.stack(list(self._term_sums.values()))
@@ -215,6 +253,8 @@ class DistillationTrainer(Trainer):
                 {name: value / steps for name, value, steps in zip(self._term_sums, values, num_steps, strict=True)}
             )
             self._term_sums, self._steps_in_sums = {}, {}
+            last_step = max(self.state.global_step - 1, 0)
+            logs.update(self.distillation_objective.scheduled_values(last_step / max(self.state.max_steps, 1)))
         super().log(logs, *args, **kwargs)
 
     # Projections: trained, clipped, synchronised, saved and restored with the student, and no part of it

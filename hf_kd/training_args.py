@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .objective.objective import DistillationObjective
 from .objective.terms import (
@@ -46,6 +47,8 @@ class DistillationTrainingArguments(TrainingArguments):
     One default differs from `TrainingArguments`: gradient checkpointing, where it is on, runs with
     `use_reentrant=False`, because the reentrant kind drops the gradient of what is captured inside a block.
 
+    `hub_strategy="checkpoint"` and `"all_checkpoints"` are refused: they publish optimizer states.
+
     Args:
         task_loss_weight (`float`, *optional*, defaults to 0.5): Weight of the loss against the labels.
         logit_loss_weight (`float`, *optional*, defaults to 0.5): Weight of the loss against the teacher's logits.
@@ -83,6 +86,9 @@ class DistillationTrainingArguments(TrainingArguments):
             `"probabilities"` or over `"logits"`.
         teacher_dtype (`str`, *optional*): Dtype the teacher runs in; by default the one it is loaded in, under the
             run's autocast.
+        eval_teacher_agreement (`bool`, *optional*, defaults to `False`): Whether evaluation and prediction also run
+            the teacher, and report `eval_teacher_agreement` and `eval_teacher_kl`, or for regression
+            `eval_teacher_mse`; see [`TeacherAgreement`].
 
     Raises:
         ValueError: If a value is out of its range.
@@ -196,11 +202,25 @@ class DistillationTrainingArguments(TrainingArguments):
         metadata={"help": "Dtype the teacher runs in. Default: the one it is loaded in, under the run's autocast."},
     )
 
+    # Evaluation
+    eval_teacher_agreement: bool = field(
+        default=False,
+        metadata={
+            "help": "Also run the teacher in evaluation and prediction, and report the share of predictions in which "
+            "the student agrees with it and the mean KL divergence in nats (regression: the mean squared difference)."
+        },
+    )
+
     def __post_init__(self) -> None:
         # The default on transformers 4.57 is the reentrant kind, on 5.x this one.
         if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             self.gradient_checkpointing_kwargs: Any = {"use_reentrant": False}
         super().__post_init__()
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={self.hub_strategy.value!r} would publish optimizer states and projections; use "
+                "'every_save' (the student at each save) or 'end', and resume from the checkpoints in output_dir."
+            )
         for name in _WEIGHTS:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

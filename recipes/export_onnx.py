@@ -17,6 +17,7 @@ from glue_setup import DataArguments, load_data, measured_splits
 
 from hf_kd.command_line import parse_args
 from hf_kd.deploy.benchmark import benchmark, default_variants
+from hf_kd.deploy.model_card import card_problems_warn, write_model_card
 from hf_kd.deploy.onnx import export_onnx
 from hf_kd.deploy.quantization import QuantizationError
 from hf_kd.deploy.report import format_benchmark, require_matplotlib, write_report
@@ -89,6 +90,7 @@ def export_and_measure(
         report = export(export_args, data_args, data, task)
     except QuantizationError as error:
         write_results(results_file, **training, export={"quantization": error.report})
+        write_card(results_file.parent, training)
         raise
     print_export(report)
     print(f"The files are in {results_file.parent / 'onnx'}.")
@@ -96,11 +98,13 @@ def export_and_measure(
         write_results(results_file, **training, export=report)
         for name in ("report.md", "pareto.png"):  # of an earlier export, whose files are gone
             results_file.with_name(name).unlink(missing_ok=True)
+        write_card(results_file.parent, training)
         return
     rows = measure(export_args, data_args, data, task)
     write_results(results_file, **training, export=report, benchmark=rows)
     print(format_benchmark(rows))
     print(f"The report is {write_report(results_file)}.")
+    write_card(results_file.parent, training)
 
 
 def export(args: ExportArguments, data_args: DataArguments, data: DatasetDict, task: TextTask) -> dict[str, Any]:
@@ -143,11 +147,19 @@ def measure(
 
 
 def training_results(path: Path) -> dict[str, Any]:
-    """What training wrote beside the model: its rows, and its own command and commit."""
+    """What training wrote beside the model: its rows, how it went, and its own command and commit."""
     if not path.is_file():
         return {"rows": []}
     found = read_results(path)
-    return {"rows": found["rows"], "training_run": found.get("training_run", found["run"])}
+    kept = {name: found[name] for name in ("distillation", "comparisons", "card") if name in found}
+    return {"rows": found["rows"], "training_run": found.get("training_run", found["run"]), **kept}
+
+
+def write_card(folder: Path, training: dict[str, Any]) -> None:
+    """The model card anew, with the ONNX files, where this is a student whose training is known."""
+    if "distillation" in training:
+        with card_problems_warn():
+            write_model_card(folder)
 
 
 def print_export(report: dict[str, Any]) -> None:

@@ -25,10 +25,12 @@ from glue_setup import (
     load_data,
     measured_splits,
     result_row,
+    save_predictions,
     tokenize_data,
     training_defaults,
 )
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -44,8 +46,13 @@ from hf_kd import (
     DistillationTrainingArguments,
     student_from_teacher,
 )
+from hf_kd.checkpoint import check_revision
 from hf_kd.command_line import parse_args
-from hf_kd.glue import TextTask, compute_metrics_fn
+from hf_kd.deploy.hub import open_repository, push_student
+from hf_kd.deploy.model_card import card_problems_warn, write_model_card
+from hf_kd.distributed import end_training
+from hf_kd.glue import GLUE_TASKS, TextTask, compute_metrics_fn
+from hf_kd.record import describe_distillation, identify
 from hf_kd.results import format_table, write_results
 from hf_kd.signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer, reorder_labels
 
@@ -60,12 +67,25 @@ class ModelArguments:
     teacher_model_name_or_path: list[str] = field(
         metadata={"help": "Folder or Hub id of a fine-tuned teacher, or of several, which are averaged."}
     )
+    teacher_revision: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The specific version of the teacher on the Hub (can be a branch name, tag name or commit id); of "
+            "several teachers one for each. For private ones log in with `hf auth login`, or set HF_TOKEN."
+        },
+    )
     teacher_label_names: list[str] | None = field(
         default=None,
         metadata={"help": "Names of the teacher's classes in its order, where its config says LABEL_0, LABEL_1."},
     )
     student_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a pretrained student with the teacher's vocabulary."}
+    )
+    student_revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "The specific version of the student on the Hub (can be a branch name, tag name or commit id)."
+        },
     )
     student_num_layers: int | None = field(
         default=None, metadata={"help": "Copy so many teacher layers, evenly spread. Default: half of them."}
@@ -92,6 +112,21 @@ class ModelArguments:
                 "drop "
                 f"{', '.join(is_set)}, or that flag."
             )
+        if self.teacher_revision is not None and len(self.teacher_revision) != len(self.teacher_model_name_or_path):
+            raise ValueError(
+                f"teacher_revision={self.teacher_revision} needs one for each teacher of "
+                f"{self.teacher_model_name_or_path}; `main` is the default branch."
+            )
+        if self.student_revision is not None and self.student_model_name_or_path is None:
+            raise ValueError(
+                f"student_revision={self.student_revision!r} is of a model on the Hub, and the student is made from "
+                "the teacher; give --student_model_name_or_path, or drop the flag."
+            )
+
+    def teachers(self) -> list[tuple[str, str | None]]:
+        """Name and revision of each teacher."""
+        revisions = self.teacher_revision or [None] * len(self.teacher_model_name_or_path)
+        return list(zip(self.teacher_model_name_or_path, revisions, strict=True))
 
 
 @dataclass
@@ -133,6 +168,8 @@ def main() -> None:
     )
     if model_args.export_onnx:
         check_export_is_installed()
+    repo_id = open_hub_repository(args)
+    args = dataclasses.replace(args, push_to_hub=False)  # of all that is trained here, one student at the end
     data, task = load_data(data_args, args.seed, has_teacher=True)
     texts = data
     teachers = load_task_teachers(model_args, task)
@@ -156,6 +193,8 @@ def main() -> None:
     reader = student_tokenizer if model_args.separate_tokenizers else tokenizer
     data = tokenize_data(data, task, reader, data_args, args, keep_texts=model_args.separate_tokenizers)
 
+    trainers: list[DistillationTrainer] = []
+
     def train(
         role: str, output_dir: Path, train_dataset: Dataset, **changes: Any
     ) -> tuple[DistillationTrainer, dict[str, Any]]:
@@ -176,6 +215,7 @@ def main() -> None:
                 data_collator=collator,
                 compute_metrics=compute_metrics_fn(task),
             )
+            trainers.append(trainer)
             trainer.train(resume_from_checkpoint=checkpoint_to_resume(args, folder))
             trainer.save_model()
             trainer.save_state()
@@ -186,6 +226,7 @@ def main() -> None:
                 best, best_score = trainer, score
         if len(learning_rates) > 1:
             best.save_model(str(output_dir))
+        save_predictions(args.output_dir, role, best, data, task, splits[0])
         num_labeled = len(labeled(train_dataset))
         row = result_row(
             role,
@@ -215,12 +256,30 @@ def main() -> None:
         rows.insert(-1, row)
 
     if student_trainer.is_world_process_zero():
-        write_results(Path(args.output_dir) / "results.json", rows)
+        results_file = Path(args.output_dir) / "results.json"
+        write_results(results_file, rows)
         print(format_table(rows))
+        with card_problems_warn():
+            distillation = describe_distillation(student_trainer)
+            distillation["data"] |= describe_data(data_args, task, data, num_before=len(texts["train"]))
+            write_results(results_file, rows, distillation=distillation)
+            write_model_card(args.output_dir, repo_id=repo_id)
     is_main_process = student_trainer.is_world_process_zero()
-    student_trainer.accelerator.end_training()
+    end_training(*trainers)
     if model_args.export_onnx and is_main_process:  # the others are done
         export_student(args.output_dir, data_args, texts, task)
+    if repo_id is not None and is_main_process:
+        commit = push_student(args.output_dir, repo_id, token=args.hub_token, revision=args.hub_revision)
+        print(f"The student is on the Hub: {commit.commit_url}")
+
+
+def open_hub_repository(args: DistillationTrainingArguments) -> str | None:
+    """Hours before it is needed, the repository of `--push_to_hub`: on the main process, which is the one that
+    pushes."""
+    if not args.push_to_hub or args.process_index > 0:
+        return None
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    return open_repository(name, private=args.hub_private_repo, token=args.hub_token)
 
 
 def check_export_is_installed() -> None:
@@ -242,9 +301,34 @@ def export_student(folder: str, data_args: DataArguments, data: DatasetDict, tas
         logger.warning(f"The student is trained and saved, and exported in float32 alone: {error}")
 
 
+def describe_data(data_args: DataArguments, task: TextTask, data: DatasetDict, num_before: int) -> dict[str, Any]:
+    """What the trainer cannot know about its rows; `num_before` is how many there were before the augmentation."""
+    files = {"train": data_args.train_file, "validation": data_args.validation_file}
+    files |= {"unlabeled": data_args.unlabeled_file}
+    found: dict[str, Any] = {
+        "task": task.name,
+        "text_columns": list(task.text_columns),
+        "max_length": data_args.max_seq_length,
+        "evaluation_rows": {split: len(rows) for split, rows in data.items() if split != "train"},
+        "files": {split: Path(path).name for split, path in files.items() if path is not None},
+    }
+    if data_args.task_name in GLUE_TASKS:
+        found |= {"dataset": "nyu-mll/glue", "dataset_config": data_args.task_name, "language": "en"}
+    elif data_args.task_name == "demo":
+        found |= {"is_generated": True, "language": "en"}
+    if data_args.max_train_samples is not None:
+        found["max_train_rows"] = data_args.max_train_samples
+    if data_args.augment:
+        found["augmented_rows"] = len(data["train"]) - num_before
+        found["augment"] = {"variants": data_args.augment}
+        if data_args.augment_masked_lm is not None:
+            found["augment"]["masked_lm"] = identify(AutoConfig.from_pretrained(data_args.augment_masked_lm))
+    return found
+
+
 def load_task_teachers(model_args: ModelArguments, task: TextTask) -> list[PreTrainedModel]:
     """The teachers, their classes in the task's order."""
-    teachers = [load_teacher(path) for path in model_args.teacher_model_name_or_path]
+    teachers = [load_teacher(path, revision) for path, revision in model_args.teachers()]
     for path, teacher in zip(model_args.teacher_model_name_or_path, teachers, strict=True):
         if model_args.teacher_label_names is not None:
             teacher.config.id2label = dict(enumerate(model_args.teacher_label_names))
@@ -266,25 +350,36 @@ def load_tokenizers(model_args: ModelArguments, separate: bool = False) -> tuple
 
     The teacher's reads: a DistilBERT student's own one writes no segments, which a BERT teacher was trained with.
     """
-    teacher_path, *other_paths = model_args.teacher_model_name_or_path
-    teacher_tokenizer = load_teacher_tokenizer(teacher_path)
-    path = model_args.student_model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(path) if path is not None else teacher_tokenizer
+    (teacher_path, teacher_revision), *others = model_args.teachers()
+    teacher_tokenizer = load_teacher_tokenizer(teacher_path, teacher_revision)
+    tokenizer = teacher_tokenizer
+    if model_args.student_model_name_or_path is not None:
+        tokenizer = load_student(AutoTokenizer, model_args)
     if tokenizer is None or (separate and teacher_tokenizer is None):
         raise ValueError(f"{teacher_path} holds no tokenizer; save it there with tokenizer.save_pretrained(folder).")
     if not separate:
         check_tokenizers(tokenizer, teacher_tokenizer)
-    for other_path in other_paths:
-        check_tokenizers(teacher_tokenizer or tokenizer, load_teacher_tokenizer(other_path))
+    for other in others:
+        check_tokenizers(teacher_tokenizer or tokenizer, load_teacher_tokenizer(*other))
     return teacher_tokenizer or tokenizer, tokenizer
+
+
+def load_student(auto_class: Any, model_args: ModelArguments, **kwargs: Any) -> Any:
+    """The model, or the tokenizer, of a pretrained student."""
+    path, revision = model_args.student_model_name_or_path, model_args.student_revision
+    check_revision(path, "student_model_name_or_path", revision)
+    try:
+        return auto_class.from_pretrained(path, revision=revision or "main", **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"student_model_name_or_path={path!r} is not a model folder or a Hub id that can be reached: {error}"
+        ) from error
 
 
 def make_student(model_args: ModelArguments, teacher: PreTrainedModel, task: TextTask) -> PreTrainedModel:
     """A fresh student, the same one after the same `set_seed`."""
     if model_args.student_model_name_or_path is not None:
-        return AutoModelForSequenceClassification.from_pretrained(
-            model_args.student_model_name_or_path, **label_config(task)
-        )
+        return load_student(AutoModelForSequenceClassification, model_args, **label_config(task))
     num_layers = model_args.student_num_layers
     if num_layers is None and model_args.student_layers is None:
         num_layers = max(1, teacher.config.num_hidden_layers // 2)

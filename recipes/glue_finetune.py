@@ -33,8 +33,9 @@ from transformers import (
 )
 
 from hf_kd.command_line import parse_args
+from hf_kd.deploy.model_card import card_problems_warn
 from hf_kd.distributed import end_training
-from hf_kd.glue import compute_metrics_fn
+from hf_kd.glue import GLUE_TASKS, compute_metrics_fn
 from hf_kd.results import format_table, write_results
 
 
@@ -85,6 +86,20 @@ def main() -> None:
         )
         write_results(Path(args.output_dir) / "results.json", [row])
         print(format_table([row]))
+    # The cards of its students take licence, language and base model from this one.
+    facts = {}
+    if data_args.task_name in GLUE_TASKS:
+        name = data_args.task_name
+        facts = {
+            "language": "en",
+            "dataset_tags": "nyu-mll/glue",
+            "dataset": f"GLUE {name.upper()}",
+            "dataset_args": name,
+        }
+    with card_problems_warn():
+        trainer.create_model_card(**facts)
+    if args.push_to_hub:
+        trainer.push_to_hub(**facts)
     end_training(trainer)
 
 

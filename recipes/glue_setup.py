@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,34 @@ def evaluate_model(trainer: Trainer, data: DatasetDict, splits: tuple[str, ...])
             if name.startswith(f"{split}_") and not name.endswith(timings)
         }
     return metrics
+
+
+def save_predictions(
+    folder: str | Path, role: str, trainer: Trainer, data: DatasetDict, task: TextTask, split: str
+) -> None:
+    """Write what a model says about the rows of a split into `predictions.json`, for [`paired_bootstrap`].
+
+    The file holds `task`, `split`, `labels` in the order of the data, and in `predictions` a list by role: class
+    indices, or scores for regression. The student's run begins it anew.
+    """
+    # Grouped by length, the rows come in another order each time, and evaluation follows the training's argument.
+    ((name, in_file_order),) = length_grouping(False).items()
+    as_trained = getattr(trainer.args, name)
+    setattr(trainer.args, name, in_file_order)
+    output = trainer.predict(data[split])  # by all processes together
+    setattr(trainer.args, name, as_trained)
+    if not trainer.is_world_process_zero():
+        return
+    logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+    predictions = logits.reshape(len(logits)) if task.is_regression else logits.argmax(axis=-1)
+    path = Path(folder) / "predictions.json"
+    is_new = role == "student" or not path.is_file()
+    found = {"predictions": {}} if is_new else json.loads(path.read_text(encoding="utf-8"))
+    found = {"task": task.name, "split": split, "labels": output.label_ids.tolist(), **found}
+    found["predictions"][role] = predictions.tolist()
+    temporary = path.with_name("predictions.json.tmp")
+    temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def label_config(task: TextTask) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Make the tables and the plot of the README from results files: of training, `export_onnx.py --benchmark` and
-`glue_ablation.py`.
+"""Make the tables and the plot of the README from results files: of training, `glue_results.py`,
+`export_onnx.py --benchmark` and `glue_ablation.py`.
 
 python recipes/results_table.py recipes/results/*.json --plot recipes/results/glue.png
 """
@@ -24,10 +24,10 @@ def main() -> None:
     compared = [run for run in runs if "step_cost" in run or any("setting" in row for row in run["rows"])]
     rows = [row for run in runs if run not in compared for row in run["rows"]]
     if rows:
-        print(format_table(rows))
+        print(format_table(rows, [found for run in runs for found in run.get("comparisons", [])]))
     if compared:
         print(format_ablation(compared))
-    measured = [run for run in runs if "benchmark" in run]
+    measured = [run for run in runs if run.get("benchmark")]
     if measured:
         print(format_inference(measured))
     for hardware in dict.fromkeys((run["run"]["hardware"], run["run"]["threads_per_process"]) for run in runs):
@@ -99,8 +99,10 @@ def format_inference(runs: list[dict[str, Any]], threads: int = 1) -> str:
     lines[0] += [f"p50 / p95 ms, {length} tokens" for length in lengths] + [f"speed-up, {lengths[-1]} tokens"]
     lines[0] += ["text to label p50 ms", "text to label rows/s"]
     lines.append(["---"] * len(lines[0]))
-    for run in runs:
-        rows = run["benchmark"]
+    # One file may hold several tasks, whose variants have the same names.
+    tasks = {(index, row["task"]): run for index, run in enumerate(runs) for row in run["benchmark"]}
+    for (_, task), run in tasks.items():
+        rows = [row for row in run["benchmark"] if row["task"] == task]
         for row in rows:
             metric = row["main_metric"] or {"split": None, "name": ""}
             value = f"{100 * row['metrics'][metric['split']][metric['name']]:.2f}" if row["metrics"] else ""
@@ -127,23 +129,26 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    for offset, (role, name) in enumerate(ROLES.items()):
+    roles = {role: name for role, name in ROLES.items() if any(row["role"] == role for row in rows)}
+    width = 0.85 / len(roles)
+    figure, axes = plt.subplots(figsize=(max(9, 2 * len(tasks)), 3), layout="constrained")
+    for offset, (role, name) in enumerate(roles.items()):
         values = [main_values(rows, task, role) for task in tasks]
         bars = axes.bar(
-            [index + 0.27 * (offset - 1) for index in range(len(tasks))],
+            [index + width * (offset - (len(roles) - 1) / 2) for index in range(len(tasks))],
             [statistics.mean(found) if found else 0.0 for found in values],
-            width=0.25,
+            width=0.93 * width,
             yerr=[statistics.stdev(found) if len(found) > 1 else 0.0 for found in values],
             capsize=3,
             label=name,
         )
         axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
     axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_ylim(40, 105)
+    lowest = min(value for task in tasks for role in roles for value in main_values(rows, task, role))
+    axes.set_ylim(max(0, min(40, lowest - 10)), 105)
     axes.set_ylabel("dev metric x 100")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=len(roles), frameon=False)
     figure.savefig(path, dpi=150)
 
 

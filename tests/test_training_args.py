@@ -59,7 +59,9 @@ OWN_FIELDS = [
 
 def test_every_argument_is_tested():
     """A new field would be read by nothing, and look like any other in a table of hyperparameters."""
-    assert {f.name for f in OWN_FIELDS} - {field for field, *_ in FIELDS} == {"teacher_dtype"}  # test_trainer.py
+    assert {f.name for f in OWN_FIELDS} - {field for field, *_ in FIELDS} == {
+        *("teacher_dtype", "eval_teacher_agreement")  # test_trainer.py, test_agreement.py
+    }
     values = {value for field, value, *_ in FIELDS if field.endswith("_type")}
     kinds = (LogitLossType, HiddenLossType, AttentionLossType, RelationLossType)
     assert {kind for kinds_of_term in kinds for kind in get_args(kinds_of_term)} - values <= {"kl", "mse", "minilm_v2"}
@@ -236,6 +238,7 @@ WRITTEN = {
     "teacher_weights": ("2 1", [2.0, 1.0]),
     "teacher_reduction": ("logits", "logits"),
     "teacher_dtype": ("bfloat16", "bfloat16"),
+    "eval_teacher_agreement": ("true", True),
 }
 COMMON = ["--report_to", "none", "--use_cpu", "true"]
 

@@ -1,4 +1,4 @@
-"""After training: ONNX export, int8, a classifier without torch, benchmarks and reports."""
+"""After training: ONNX export, int8, a classifier without torch, benchmarks, reports, model cards and the Hub."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .classifier import OnnxTextClassifier
+    from .hub import push_student
+    from .model_card import write_model_card
     from .onnx import export_onnx
 
-__all__ = ["OnnxTextClassifier", "export_onnx"]
+__all__ = ["OnnxTextClassifier", "export_onnx", "push_student", "write_model_card"]
 
 # For errors: what brings onnx and onnxruntime along.
 INSTALL = "pip install 'hf-kd[optimum]' (with transformers 4.57) or pip install 'hf-kd[onnx]' (with transformers 5)"
@@ -16,7 +18,12 @@ INSTALL = "pip install 'hf-kd[optimum]' (with transformers 4.57) or pip install 
 # Where they are in an exported folder, as transformers.js expects them.
 FP32_FILE, INT8_FILE = "onnx/model.onnx", "onnx/model_quantized.onnx"
 
-_MODULES = {"OnnxTextClassifier": "classifier", "export_onnx": "onnx"}
+_MODULES = {
+    "OnnxTextClassifier": "classifier",
+    "export_onnx": "onnx",
+    "push_student": "hub",
+    "write_model_card": "model_card",
+}
 
 
 # Names are imported when first used: who classifies needs no exporter, and no torch.

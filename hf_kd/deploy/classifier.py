@@ -94,12 +94,14 @@ class OnnxTextClassifier:
             num_threads (`int`, *optional*): Threads of ONNX Runtime; defaults to all cores.
             max_length (`int`, *optional*): Longest input in tokens; defaults to what the model allows.
             revision (`str`, *optional*): Branch, tag or commit on the Hub.
-            token (`str` or `bool`, *optional*): Access token of the Hub.
+            token (`str` or `bool`, *optional*): Access token of the Hub, for a private repository; by default that of
+                HF_TOKEN, or of `hf auth login`.
             cache_dir (`str` or `Path`, *optional*): Where the Hub's files are kept.
             local_files_only (`bool`, *optional*, defaults to `False`): Use the Hub's files from the cache alone.
 
         Raises:
-            `ValueError`: If a file is missing, naming what writes it.
+            `ValueError`: If a file is missing, naming what writes it, or there is no such repository or revision.
+            `ConnectionError`: If the Hub cannot be reached, and the files are not in the cache.
         """
         source = str(model_name_or_path)
         if Path(source).is_dir():
@@ -301,10 +303,24 @@ class _HubFiles:
 
     def __call__(self, name: str) -> Path | None:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
 
         try:
-            return Path(hf_hub_download(self.repo_id, name, **self.options))
+            path = Path(hf_hub_download(self.repo_id, name, **self.options))
+            # The other files from the same commit: somebody may push between two downloads.
+            self.options["revision"] = path.parents[name.count("/")].name
+            return path
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise ValueError(
+                f"{self.repo_id} (revision {self.options['revision'] or 'main'}) is no folder here, and cannot be "
+                f"read from the Hub: {error} Check name and revision; for a private model log in with "
+                "`hf auth login`, set HF_TOKEN, or give `token`."
+            ) from error
         except LocalEntryNotFoundError as error:
             self.error = self.error or error
             self.options["local_files_only"] = True

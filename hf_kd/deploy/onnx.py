@@ -61,6 +61,8 @@ def export_onnx(
     opset: int | None = None,
     optimize: bool = True,
     max_length: int | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> dict[str, Any]:
     """
     Export a fine-tuned sequence classification model to ONNX, compare it with torch, and quantise it to int8.
@@ -90,6 +92,8 @@ def export_onnx(
             same answers in standard operators, sooner. Graphs that do not have BERT's shape stay as they are.
         max_length (`int`, *optional*): Longest input in tokens of the rows, as in training; defaults to what the
             model takes.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        token (`str`, *optional*): For a private Hub id; by default that of HF_TOKEN, or of `hf auth login`.
 
     Returns:
         `dict`: What was done and found, also written to `onnx/export_report.json`: `backend`, `opset`,
@@ -110,7 +114,7 @@ def export_onnx(
     _check_output_dir(output_dir, in_place)
     backend_name, export = find_exporter(backend)
     _check_opset(opset, backend_name.split()[0])
-    model, tokenizer = _load(model_dir)
+    model, tokenizer = _load(model_dir, revision, token)
     limit = length_limit(model.config.to_dict(), {"model_max_length": tokenizer.model_max_length})
     if max_length is not None and max_length > limit:
         raise ValueError(f"max_length={max_length}; this model takes up to {limit} tokens.")
@@ -221,14 +225,18 @@ def _check_output_dir(output_dir: Path, in_place: bool) -> None:
         )
 
 
-def _load(model_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    model_dir: Path, revision: str | None, token: str | bool | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in float32 and tokenizer of a sequence classification checkpoint."""
-    model = load_finetuned(model_dir, argument="model_dir", dtype=torch.float32).eval()
+    model = load_finetuned(model_dir, argument="model_dir", dtype=torch.float32, revision=revision, token=token).eval()
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise ValueError(
             f"model_dir={str(model_dir)!r} is a {type(model).__name__}; give a model for sequence classification."
         )
-    tokenizer = AutoTokenizer.from_pretrained(model_dir) if has_tokenizer(model_dir) else None
+    tokenizer = None
+    if has_tokenizer(model_dir):
+        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), revision=revision or "main", token=token)
     if tokenizer is None or not tokenizer.is_fast:
         raise ValueError(
             f"model_dir={str(model_dir)!r} holds no tokenizer that can be saved as tokenizer.json; save the one it "

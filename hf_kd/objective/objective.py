@@ -13,7 +13,7 @@ from ..signals.problem import ProblemType
 from .binding import Binding, bind_terms
 from .predictions import check_logits_shape
 from .projection import Projection
-from .schedules import read_schedule
+from .schedules import read_schedule, read_temperature_schedule
 from .terms import AttentionTerm, HiddenTerm, LogitTerm, RelationTerm, TaskTerm, Term, weight_at
 from .values import compute_term
 
@@ -105,6 +105,21 @@ class DistillationObjective(nn.Module):
         """The terms whose schedule does not give 0 at this share of the training."""
         progress = self._require_progress(progress)
         return [term for term in self.terms if weight_at(term, progress) > 0]
+
+    def scheduled_values(self, progress: float) -> dict[str, float]:
+        """What the schedules make of weights and temperatures at this share of the training: `<term>_weight`, and
+        `temperature`, or `<term>_temperature` for a logit term with a name of its own; nothing for what is
+        constant."""
+        values = {}
+        for term in self.terms:
+            if read_schedule(term.schedule).kind != "constant":
+                values[f"{term.name}_weight"] = weight_at(term, progress)
+            if isinstance(term, LogitTerm):
+                schedule = read_temperature_schedule(term.temperature_schedule)
+                if schedule.kind != "constant":
+                    name = "temperature" if term.name == "logit_loss" else f"{term.name}_temperature"
+                    values[name] = term.temperature * schedule(progress)
+        return values
 
     def compares_with_teacher(self, progress: float | None = None) -> bool:
         """Whether a teacher has to run at this share of the training."""

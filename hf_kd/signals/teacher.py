@@ -156,13 +156,23 @@ class TeacherEnsemble:
         return [teacher(inputs) for teacher in self.teachers]
 
 
-def load_teacher(path: str | os.PathLike) -> PreTrainedModel:
+def load_teacher(
+    path: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+) -> PreTrainedModel:
     """Load a fine-tuned model as the class that its config names, from safetensors, in the dtype it was saved in.
+
+    Args:
+        path (`str` or `Path`): Folder or Hub id.
+        revision (`str`, *optional*): Branch, tag or commit of a Hub id.
+        token (`str`, *optional*): For a private Hub id; by default that of HF_TOKEN, or of `hf auth login`.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The teacher, as `teacher_model` of a [`DistillationTrainer`].
 
     Raises:
         ValueError: If there is no such model, it has no head, or the checkpoint lacks weights of the head.
     """
-    return load_finetuned(path, argument="teacher_model")
+    return load_finetuned(path, argument="teacher_model", revision=revision, token=token)
 
 
 def check_vocabulary(student_config: Any, teacher_config: Any) -> None:
@@ -181,12 +191,14 @@ def check_vocabulary(student_config: Any, teacher_config: Any) -> None:
         )
 
 
-def load_teacher_tokenizer(path: str | os.PathLike) -> Any | None:
+def load_teacher_tokenizer(
+    path: str | os.PathLike, revision: str | None = None, token: str | bool | None = None
+) -> Any | None:
     """The tokenizer saved with a teacher; `None` for a local folder without one."""
     if not has_tokenizer(path):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main", token=token)
     except OSError as error:
         logger.warning(
             f"teacher_model={str(path)!r} has no tokenizer that its student's could be checked against: {error}"

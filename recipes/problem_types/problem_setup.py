@@ -158,6 +158,7 @@ def distil(
     if trainer.is_world_process_zero():
         write_results(Path(args.output_dir) / "results.json", rows)
         print(format_table(rows))
+    trainer.create_model_card()
     end_training(trainer)
 
 

@@ -5,14 +5,12 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from deploy.conftest import FP32_FILE, INT8_FILE
+from hub_server import HubServer
 from test_bad_input import assert_refused, files_in
 from transformers import AutoTokenizer, pipeline
 
@@ -245,54 +243,13 @@ def test_never_imports_torch_nor_needs_its_memory(exported):
 # From the Hub
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The one address that `hf_hub_download` needs, for the files of a folder."""
-
-    def __init__(self, *args, folder, requests, **kwargs):
-        self.folder, self.requests = folder, requests
-        super().__init__(*args, **kwargs)
-
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
-    def do_GET(self):
-        self.answer(with_body=True)
-
-    def answer(self, with_body):
-        repo_id, _, rest = self.path.lstrip("/").partition("/resolve/")
-        revision, _, name = rest.partition("/")
-        self.requests.append((repo_id, revision, name))
-        error = "RepoNotFound" if repo_id != "someone/student" else "RevisionNotFound" if revision != "main" else None
-        path = self.folder / name
-        error = error or (None if path.is_file() else "EntryNotFound")
-        body = b"" if error else path.read_bytes()
-        self.send_response(404 if error else 200)
-        if error:
-            self.send_header("X-Error-Code", error)
-        self.send_header("X-Repo-Commit", "0123456789abcdef" * 2 + "01234567")
-        self.send_header("ETag", f'"{name.replace("/", "-")}-{len(body)}"')
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 @contextmanager
 def hub_with(folder):
-    """A server of the folder as `someone/student`; yields its address and the list of what was asked for."""
-    requests = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder=folder, requests=requests))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", requests
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    """A server that has the folder as `someone/student`."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with HubServer({}) as server:
+        server.create("someone/student", files=files)
+        yield server
 
 
 @pytest.fixture
@@ -309,7 +266,7 @@ def from_hub(tmp_path):
             HF_HUB_OFFLINE="0",
             HF_HUB_DISABLE_XET="1",
             HF_HUB_DISABLE_TELEMETRY="1",
-            NO_PROXY="127.0.0.1",
+            NO_PROXY="127.0.0.1,localhost",
         )
 
     return run
@@ -321,11 +278,11 @@ def test_from_the_hub(copy_of_export, from_hub, has_int8):
     folder = copy_of_export("bert")
     if not has_int8:
         (folder / INT8_FILE).unlink()
-    with hub_with(folder) as (endpoint, requests):
-        found = from_hub(endpoint)
+    with hub_with(folder) as server:
+        found = from_hub(server.endpoint)
     assert found["answers"] == OnnxTextClassifier.from_pretrained(folder)(TEXTS)
     needed = {"config.json", "tokenizer.json", "tokenizer_config.json", INT8_FILE}
-    assert {name for _, _, name in requests} == needed | (set() if has_int8 else {FP32_FILE})
+    assert server.files_asked_for == needed | (set() if has_int8 else {FP32_FILE})
     assert "torch" not in found["modules"]
 
 
@@ -341,8 +298,8 @@ except Exception as error:
 
 def test_from_a_repository_without_onnx_files(trained, from_hub):
     """Most repositories hold a checkpoint alone; the error has to say what makes a file of it."""
-    with hub_with(trained("bert", "single").folder) as (endpoint, _):
-        found = from_hub(endpoint, code=REFUSED)
+    with hub_with(trained("bert", "single").folder) as server:
+        found = from_hub(server.endpoint, code=REFUSED)
     assert found["kind"] == "ValueError"
     assert "someone/student holds no onnx/model_quantized.onnx or onnx/model.onnx" in found["message"]
     assert "recipes/export_onnx.py --model_dir" in found["message"]
