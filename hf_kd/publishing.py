@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import transformers
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -59,12 +60,10 @@ class PublishingTrainer(Trainer):
     # The Hub: the student's own files in one commit, where the Trainer sends all that it finds in the output folder
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Before training: a repository that can be written to, and as private as was asked."""
-        if not hasattr(self.processing_class, "save_pretrained"):
-            raise ValueError(
-                "a student is published with its tokenizer, but processing_class is "
-                f"{type(self.processing_class).__name__}; give the trainer processing_class=tokenizer."
-            )
+        """Before training: a student that can be published, and a repository that can be written to, as private as
+        was asked."""
+        self._check_can_be_published()
+        self.push_in_progress = None
         if not self.is_world_process_zero():
             return
         from .deploy.hub import open_repository
@@ -74,7 +73,22 @@ class PublishingTrainer(Trainer):
             private=self.args.hub_private_repo if private is None else private,
             token=token or self.args.hub_token,
         )
-        self.push_in_progress = None
+
+    def _check_can_be_published(self) -> None:
+        if not hasattr(self.processing_class, "save_pretrained"):
+            raise ValueError(
+                "a student is published with its tokenizer, but processing_class is "
+                f"{type(self.processing_class).__name__}; give the trainer processing_class=tokenizer."
+            )
+        model_class = type(self.model)
+        if getattr(transformers, model_class.__name__, None) is not model_class:
+            raise ValueError(
+                f"a student is published as a model that transformers loads, but this is {model_class.__module__}."
+                f"{model_class.__name__}; train a class of transformers (of PEFT: model.merge_and_unload()), or leave "
+                "push_to_hub off and upload your files with huggingface_hub.upload_folder."
+            )
+        if getattr(self.args, "save_safetensors", True) is False:  # transformers 4.57
+            raise ValueError("a student is published as safetensors; drop save_safetensors=False.")
 
     def push_to_hub(
         self,
@@ -98,9 +112,12 @@ class PublishingTrainer(Trainer):
             return None
         from .deploy.hub import check_student, push_in_background, push_student
 
-        self.create_model_card(**kwargs)
+        given = kwargs.pop("tags", None) or []
+        tags = [*([given] if isinstance(given, str) else given), *(getattr(self.model, "model_tags", None) or [])]
+        self.create_model_card(tags=tags, **kwargs)
         self._finish_current_push()
         options: dict[str, Any] = {
+            "private": private,
             "token": token or self.args.hub_token,
             "revision": revision or self.args.hub_revision,
             "commit_message": commit_message,
@@ -112,12 +129,10 @@ class PublishingTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """With `hub_strategy="every_save"`, in the background: the student as it is, and nothing to resume from."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
         is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if (
-            not self.is_world_process_zero()
-            or self.args.hub_strategy == HubStrategy.END
-            or (is_busy and not self.args.hub_always_push)
-        ):
+        if is_busy and not self.args.hub_always_push:
             return
         from .deploy.hub import push_in_background
 

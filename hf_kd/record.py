@@ -60,18 +60,21 @@ def describe_distillation(trainer: DistillationTrainer) -> dict[str, Any]:
         trainer ([`DistillationTrainer`]): During or after the training.
 
     Returns:
-        `dict`: Ready for JSON. `problem`; `teachers` and `student` (name, shape, and where the student's first weights
-        come from); `terms` (kind, form, weight, layers, and settings that differ from the defaults); `data` (rows with
-        a label of their own and without, where the data set is sized); `training` (steps, batch size, precision,
-        steps at which it was resumed, arguments that differ from the defaults); `evaluation` (split to metrics of
-        the final weights, as far as the trainer has measured them).
+        `dict`: Ready for JSON. `problem`; `teachers` that a term compares with, or else `agreement_teachers`, if the
+        evaluation alone does; `student` (shape, and where its first weights come from); `terms` (kind, form, weight,
+        layers, and settings that differ from the defaults); `data` (rows with a label of their own and without, where
+        the data set is sized); `training` (steps, batch size, precision, steps at which it was resumed, arguments
+        that differ from the defaults); `evaluation` (split to metrics of the final weights, as far as the trainer has
+        measured them).
     """
-    teachers = _teachers(trainer)
+    described = [describe_model(teacher.model) for teacher in _loaded_teachers(trainer)]
+    taught = trainer.distillation_objective.needs_teacher
     return _plain(
         {
             "problem": trainer.problem,
-            "teachers": [describe_model(teacher.model) for teacher in teachers],
-            "student": _describe_student(trainer, [teacher.model for teacher in teachers]),
+            "teachers": described if taught else [],
+            "agreement_teachers": None if taught else described or None,
+            "student": _describe_student(trainer),
             "terms": [_describe_term(trainer, term) for term in trainer.distillation_objective.terms],
             "data": _describe_data(trainer),
             "training": _describe_training(trainer),
@@ -85,27 +88,66 @@ def record_distillation(trainer: DistillationTrainer) -> None:
     Bring the `distillation` section of `results.json` in the trainer's output folder up to date.
 
     Rows of a recipe stay; without any, one is made of the trainer's last evaluation. What an earlier training left
-    in the folder goes, as its student does.
+    in the folder goes, as its student does. Of a trainer that has not trained, the evaluation alone is taken over
+    into the history that is there: its student is the one that was trained then.
 
     Args:
         trainer ([`DistillationTrainer`]): On the main process.
     """
     path = Path(trainer.args.output_dir, "results.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    notes = _resume_notes(trainer)
-    is_of_this_training = path.is_file() and path.stat().st_mtime >= (notes.started_at or 0.0)
+    started_at = _resume_notes(trainer).started_at
+    is_of_this_training = path.is_file() and path.stat().st_mtime >= (started_at or 0.0)
     results = read_results(path) if is_of_this_training else {}
-    found = describe_distillation(trainer)
-    found["data"] |= results.get("distillation", {}).get("data", {})  # a recipe knows more
-    rows = [row for row in results.pop("rows", []) if not row.get("is_last_evaluation")]
+    if not is_of_this_training and started_at is not None:
+        remove_deployment(path.parent, before=started_at)
+    found, earlier = describe_distillation(trainer), results.get("distillation", {})
+    if earlier and trainer.state.global_step == 0:
+        found = _with_new_evaluation(earlier, found)
+    else:
+        found["data"] |= earlier.get("data", {})  # a recipe knows more
+    rows = [row for row in results.get("rows", []) if not row.get("is_last_evaluation")]
     rows = rows or _evaluation_row(trainer, found)
-    write_results(path, rows, **{**results, "distillation": found})
+    kept = {name: section for name, section in results.items() if name != "rows"}
+    write_results(path, rows, **{**kept, "distillation": found})
+
+
+def remove_deployment(folder: str | os.PathLike, *, before: float | None = None) -> None:
+    """
+    Delete what was made of an earlier student of the folder: its ONNX files, their report, and the benchmark's.
+
+    Args:
+        folder (`str` or `Path`): The output folder of a training.
+        before (`float`, *optional*):
+            Only files that were last written before then, in seconds since the epoch; all of them by default.
+    """
+    folder = Path(folder)
+    made = [folder / "onnx/export_report.json", folder / "report.md", folder / "pareto.png"]
+    for path in (*folder.glob("onnx/*.onnx"), *folder.glob("onnx/*.onnx_data"), *made):
+        if path.is_file() and (before is None or path.stat().st_mtime < before):
+            path.unlink()
+
+
+def _with_new_evaluation(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The history as it is, with what has been measured since then."""
+    evaluation = found.get("evaluation", {})
+    sizes = {
+        split: number for split, number in found["data"].get("evaluation_rows", {}).items() if split in evaluation
+    }
+    if not evaluation:
+        return earlier
+    data = earlier.get("data", {})
+    return {
+        **earlier,
+        "evaluation": {**earlier.get("evaluation", {}), **evaluation},
+        "data": {**data, "evaluation_rows": {**data.get("evaluation_rows", {}), **sizes}},
+    }
 
 
 def _evaluation_row(trainer: DistillationTrainer, distillation: dict[str, Any]) -> list[dict[str, Any]]:
     """A row of `results.json`, if a metric was computed that can be given in points of 100."""
     best = (trainer.args.metric_for_best_model or "").removeprefix("eval_")
-    student = distillation["student"]
+    student, training = distillation["student"], distillation["training"]
     for split, metrics in distillation.get("evaluation", {}).items():
         own = [name for name in metrics if name not in ("loss", "epoch") and not name.startswith("teacher_")]
         names = [name for name in own if -1 <= metrics[name] <= 1]
@@ -113,12 +155,12 @@ def _evaluation_row(trainer: DistillationTrainer, distillation: dict[str, Any]) 
             row = {
                 "role": "student" if distillation["teachers"] else "baseline",
                 "task": distillation["problem"],
-                "seed": trainer.args.seed,
+                "seed": training["seed"],
                 "metrics": distillation["evaluation"],
                 "main_metric": {"split": split, "name": best if best in names else names[0]},
                 "parameters": student["parameters"],
                 "layers": student.get("layers"),
-                "steps": trainer.state.global_step,
+                "steps": training["steps"],
                 "is_last_evaluation": True,
             }
             return [row]
@@ -143,9 +185,10 @@ def identify(config: Any) -> dict[str, Any]:
     The name of the checkpoint that a config came with, and what that checkpoint's card says.
 
     Returns:
-        `dict`: `name` (a Hub id, or a folder's last part), for a Hub id `is_hub_id` and, if it is clear, `revision`
-        (the commit), and of the card's metadata `license`, `license_name`, `license_link`, `language` and
-        `base_model`. Empty for a model that was made from a config.
+        `dict`: `name` (a Hub id, or a folder's last part), for a Hub id `is_hub_id` and `revision` (the commit), and
+        of the card's metadata `license`, `license_name`, `license_link`, `language` and `base_model`. Where it is not
+        clear which commit was loaded, nothing is said of it or its card. Empty for a model that was made from a
+        config.
     """
     path = getattr(config, "_name_or_path", None)
     if not path:
@@ -153,8 +196,11 @@ def identify(config: Any) -> dict[str, Any]:
     commits = _commits_of(config, path)
     if os.path.isdir(path) or not commits:
         return {"name": os.path.basename(os.path.abspath(path)), **_read_card(Path(path, "README.md"))}
-    revision = commits[0] if len(commits) == 1 else None
-    found = {"name": path, "is_hub_id": True, "revision": revision}
+    found = {"name": path, "is_hub_id": True}
+    if len(commits) > 1:
+        return found
+    (revision,) = commits
+    found["revision"] = revision
     try:
         card = hf_hub_download(path, "README.md", revision=revision)
     except (OSError, ValueError, HfHubHTTPError) as error:  # not there, or nobody to ask
@@ -164,14 +210,23 @@ def identify(config: Any) -> dict[str, Any]:
 
 
 def _commits_of(config: Any, repo_id: str) -> list[str]:
-    """The commits that a repository's model may have been loaded from; none if it is no repository."""
+    """The commits that a repository's model may have been loaded from; none if it is no repository.
+
+    transformers 5 does not say which it was. The one in the cache is taken for it if it is the one of `main` there.
+    """
     commit = getattr(config, "_commit_hash", None)  # transformers 4.57
     if commit is not None:
         return [commit]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id):
         return []
-    snapshots = Path(constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"), "snapshots")
-    return sorted(path.name for path in snapshots.iterdir()) if snapshots.is_dir() else []
+    repository = Path(constants.HF_HUB_CACHE, "models--" + repo_id.replace("/", "--"))
+    snapshots, main = repository / "snapshots", repository / "refs" / "main"
+    commits = {path.name for path in snapshots.iterdir()} if snapshots.is_dir() else set()
+    if commits and main.is_file():
+        commits.add(main.read_text(encoding="utf-8").strip())
+    elif commits:
+        commits.add("main")  # a revision was asked for, and the one of `main` is not there
+    return sorted(commits)
 
 
 def _read_card(path: Path) -> dict[str, Any]:
@@ -186,19 +241,23 @@ def _read_card(path: Path) -> dict[str, Any]:
     return {name: data[name] for name in names if isinstance(data.get(name), str | list)}
 
 
-def _teachers(trainer: DistillationTrainer) -> list[Any]:
+def _loaded_teachers(trainer: DistillationTrainer) -> list[Any]:
+    """Those that teach, or with `eval_teacher_agreement` are only compared with."""
     return [] if trainer.teacher is None else list(getattr(trainer.teacher, "teachers", [trainer.teacher]))
 
 
-def _describe_student(trainer: DistillationTrainer, teachers: list[Any]) -> dict[str, Any]:
+def _describe_student(trainer: DistillationTrainer) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
     described = describe_model(model)
     shape = {name: value for name, value in described.items() if name in ("architecture", "model_type", "parameters")}
     shape |= {"layers": described["layers"], "hidden_size": described["hidden_size"]}
     has_tokenizer = hasattr(trainer.processing_class, "save_pretrained")
-    separate = any(teacher.reads_own_tokens for teacher in _teachers(trainer)) or None
-    start = _describe_start(model, teachers)
+    teachers = _loaded_teachers(trainer)
+    separate = any(teacher.reads_own_tokens for teacher in teachers) or None
+    start = _describe_start(model, [teacher.model for teacher in teachers])
+    if "teacher" in start and not trainer.distillation_objective.needs_teacher:
+        start |= identify(teachers[start.pop("teacher")].model.config)
     return {**shape, "start": start, "has_tokenizer": has_tokenizer, "separate_tokenizers": separate}
 
 
@@ -306,7 +365,8 @@ def _num_labeled(labels: Any) -> int:
 
 def _describe_training(trainer: DistillationTrainer) -> dict[str, Any]:
     args, state = trainer.args, trainer.state
-    precision = trainer.accelerator.mixed_precision
+    mixed = trainer.accelerator.mixed_precision
+    weights = str(trainer.model.dtype).removeprefix("torch.")
     is_split = getattr(trainer.accelerator, "split_batches", False)
     processes = args.world_size
     batch_size = trainer._train_batch_size * args.gradient_accumulation_steps * (1 if is_split else processes)
@@ -321,7 +381,7 @@ def _describe_training(trainer: DistillationTrainer) -> dict[str, Any]:
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "processes": processes,
         "distributed": None if distributed == "NO" else distributed,
-        "precision": "float32" if precision in (None, "no") else precision,
+        "precision": weights if mixed in (None, "no") else mixed,
         "seed": args.seed,
         **_optimizer(trainer),
         "arguments": _arguments(args),
@@ -356,8 +416,8 @@ def _arguments(args: TrainingArguments) -> dict[str, Any]:
     found = {name: value for name, value in given.items() if value != _plain(defaults[name])}
     if not args.load_best_model_at_end:
         found.pop("metric_for_best_model", None)
-    # What is off here is off by default, under whatever name (None, False).
-    return {name: value for name, value in found.items() if value not in (None, False, {}, [])}
+    # What is off here is off by default, under whatever name (None, False); 0.0 is a value, and equals False.
+    return {name: value for name, value in found.items() if value or (value is not False and value == 0)}
 
 
 # Evaluation

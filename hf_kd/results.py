@@ -47,9 +47,14 @@ def write_results(path: str | os.PathLike, rows: Sequence[dict[str, Any]], **sec
             [`~hf_kd.significance.paired_bootstrap`] with `task`, `split` and `seeds`. An earlier `run` stays if it is
             given.
     """
-    temporary = Path(f"{path}.tmp")
     results = {"run": describe_run(), "rows": list(rows), **sections}
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(results, indent=2) + "\n")
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Write a text file, complete or not at all: a kill leaves the one before."""
+    temporary = Path(f"{os.fspath(path)}.tmp")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -61,7 +66,7 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
 def describe_run() -> dict[str, Any]:
     """Command, versions, hardware, threads and commit, without paths or tokens of the user's machine."""
     return {
-        "command": _command(),
+        "command": describe_command(sys.argv),
         "versions": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
@@ -116,12 +121,13 @@ def main_values(rows: Sequence[dict[str, Any]], task: str, role: str) -> list[fl
     return [100 * row["metrics"][row["main_metric"]["split"]][row["main_metric"]["name"]] for row in by_seed.values()]
 
 
-def _command() -> str:
-    """The command line, absolute paths shortened to their last part and tokens left out."""
-    script = Path(sys.argv[0])
+def describe_command(argv: Sequence[str]) -> str:
+    """The command line of a script and its arguments, absolute paths shortened to their last part and tokens left
+    out."""
+    script = Path(argv[0])
     script = Path("recipes", script.name) if script.parent.name == "recipes" else Path(script.name)
     words = []
-    for word in sys.argv[1:]:
+    for word in argv[1:]:
         flag, equals, value = word.rpartition("=")
         words.append(flag + equals + (Path(value).name if os.path.isabs(value) else value))
     return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", shlex.join(["python", str(script), *words]))

@@ -10,7 +10,10 @@ from transformers.trainer_callback import ExportableState
 
 
 class ResumeNotes(TrainerCallback, ExportableState):
-    """Notes each step at which a training went on from a checkpoint; every later checkpoint carries the notes."""
+    """Notes each step at which a training went on from a checkpoint; every later checkpoint carries the notes.
+
+    To start from that of a training that had run to its end is no resumption, as no step was left.
+    """
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -21,7 +24,9 @@ class ResumeNotes(TrainerCallback, ExportableState):
         # Of the checkpoint; the Trainer hands it to this object only if it is told to.
         found = state.stateful_callbacks.get(type(self).__name__) or {}
         earlier = found.get("attributes", {}).get("steps", []) if isinstance(found, dict) else []
-        self.steps = [*earlier, state.global_step] if state.global_step > 0 else []
+        self.steps = list(earlier) if state.global_step > 0 else []
+        if 0 < state.global_step < state.max_steps:
+            self.steps.append(state.global_step)
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"steps": self.steps}}

@@ -225,6 +225,11 @@ class DistillationTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}={value} must be a finite number >= 0; 0 switches the term off.")
+        if self.eval_teacher_agreement and getattr(self, "use_legacy_prediction_loop", False):  # transformers 4.57
+            raise ValueError(
+                "eval_teacher_agreement=True needs the evaluation loop that use_legacy_prediction_loop=True replaces, "
+                "so there would be no agreement; drop one of the two."
+            )
         if self.teacher_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"teacher_dtype={self.teacher_dtype!r} must be one of 'float32', 'bfloat16', 'float16'.")
         self.objective()  # the terms check the rest

@@ -10,6 +10,7 @@ A YAML file may come first:
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,7 @@ from hf_kd.deploy.hub import open_repository, push_student
 from hf_kd.deploy.model_card import card_problems_warn, write_model_card
 from hf_kd.distributed import end_training
 from hf_kd.glue import GLUE_TASKS, TextTask, compute_metrics_fn
-from hf_kd.record import describe_distillation, identify
+from hf_kd.record import describe_distillation, identify, remove_deployment
 from hf_kd.results import format_table, write_results
 from hf_kd.signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer, reorder_labels
 
@@ -256,13 +257,16 @@ def main() -> None:
         rows.insert(-1, row)
 
     if student_trainer.is_world_process_zero():
-        results_file = Path(args.output_dir) / "results.json"
-        write_results(results_file, rows)
+        distillation: dict[str, Any] = {}  # stays empty where it cannot be described
+        with card_problems_warn():
+            found = describe_distillation(student_trainer)
+            found["data"] |= describe_data(data_args, task, data, num_before=len(texts["train"]))
+            distillation = json.loads(json.dumps(found))  # what JSON does not know must not cost the rows
+        remove_deployment(args.output_dir)  # of a student that was trained here before
+        # Once: after a kill between two writes nothing would tell that the second is missing.
+        write_results(Path(args.output_dir) / "results.json", rows, distillation=distillation)
         print(format_table(rows))
         with card_problems_warn():
-            distillation = describe_distillation(student_trainer)
-            distillation["data"] |= describe_data(data_args, task, data, num_before=len(texts["train"]))
-            write_results(results_file, rows, distillation=distillation)
             write_model_card(args.output_dir, repo_id=repo_id)
     is_main_process = student_trainer.is_world_process_zero()
     end_training(*trainers)

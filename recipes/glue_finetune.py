@@ -8,9 +8,12 @@ A YAML file with arguments may come first: `glue_finetune.py recipes/configs/dem
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from glue_distill import open_hub_repository
 from glue_setup import (
     DataArguments,
     checkpoint_to_resume,
@@ -33,6 +36,7 @@ from transformers import (
 )
 
 from hf_kd.command_line import parse_args
+from hf_kd.deploy.hub import push_files
 from hf_kd.deploy.model_card import card_problems_warn
 from hf_kd.distributed import end_training
 from hf_kd.glue import GLUE_TASKS, compute_metrics_fn
@@ -51,6 +55,8 @@ def main() -> None:
     model_args, data_args, args = parse_args(
         (ModelArguments, DataArguments, TrainingArguments), **training_defaults(), learning_rate=5e-5
     )
+    repo_id = open_hub_repository(args)
+    args = dataclasses.replace(args, push_to_hub=False)  # the Trainer sends all that it finds in its folder
     set_seed(args.seed)
 
     data, task = load_data(data_args, args.seed)
@@ -73,6 +79,20 @@ def main() -> None:
     trainer.save_state()
 
     metrics = evaluate_model(trainer, data, measured_splits(data, task))
+    # The cards of its students take licence, language and base model from this one.
+    facts: dict[str, Any] = {}
+    if data_args.task_name in GLUE_TASKS:
+        name = data_args.task_name
+        facts = {
+            "language": "en",
+            "dataset_tags": "nyu-mll/glue",
+            "dataset": f"GLUE {name.upper()}",
+            "dataset_args": name,
+        }
+    if repo_id is not None:
+        facts["model_name"] = repo_id.split("/")[-1]
+    with card_problems_warn():  # before the results, which say that all of it is there
+        trainer.create_model_card(**facts)
     if trainer.is_world_process_zero():
         row = result_row(
             model_args.role,
@@ -86,21 +106,13 @@ def main() -> None:
         )
         write_results(Path(args.output_dir) / "results.json", [row])
         print(format_table([row]))
-    # The cards of its students take licence, language and base model from this one.
-    facts = {}
-    if data_args.task_name in GLUE_TASKS:
-        name = data_args.task_name
-        facts = {
-            "language": "en",
-            "dataset_tags": "nyu-mll/glue",
-            "dataset": f"GLUE {name.upper()}",
-            "dataset_args": name,
-        }
-    with card_problems_warn():
-        trainer.create_model_card(**facts)
-    if args.push_to_hub:
-        trainer.push_to_hub(**facts)
+    is_main_process = trainer.is_world_process_zero()
     end_training(trainer)
+    if repo_id is not None and is_main_process:
+        commit = push_files(
+            args.output_dir, repo_id, token=args.hub_token, revision=args.hub_revision, commit_message="Fine-tuned"
+        )
+        print(f"The model is on the Hub: {commit.commit_url}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ plot, and the model cards of the first seed's students. Every step is a recipe, 
 what is complete is not run again, so that a call that was stopped goes on with another.
 
 Other flags belong to the recipes, by their names: those about data to all of them (`--max_seq_length 64`), those of
-export_onnx.py to the measured export (`--benchmark_rounds 4`), all others to the trainings (`--max_steps 4`).
+export_onnx.py to the measured export (`--benchmark_rounds 4`), those of `TrainingArguments` to all trainings
+(`--max_steps 4`), and the rest to glue_distill.py (`--temperature 4`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
+import io
 import json
 import shlex
 import shutil
@@ -30,11 +33,12 @@ from export_onnx import ExportArguments
 from glue_distill import check_export_is_installed
 from glue_setup import DataArguments
 from results_table import format_inference, plot
+from transformers import TrainingArguments
 
 from hf_kd.deploy.model_card import card_problems_warn, write_model_card
 from hf_kd.deploy.report import require_matplotlib
 from hf_kd.glue import GLUE_TASKS, TextTask
-from hf_kd.results import format_table, read_results, write_results
+from hf_kd.results import describe_command, format_table, read_results, write_results, write_whole
 from hf_kd.significance import paired_bootstrap
 
 
@@ -68,7 +72,7 @@ def main() -> None:
 
 
 def parse_flags() -> tuple[argparse.Namespace, dict[str, list[str]]]:
-    """Our own arguments, and those of the recipes: `data`, `export` and `training`."""
+    """Our own arguments, and those of the recipes: `data`, `export`, `training`, and `distill` alone."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -86,13 +90,13 @@ def parse_flags() -> tuple[argparse.Namespace, dict[str, list[str]]]:
     config = RECIPES / "accelerate_configs" / name
     parser.add_argument("--accelerate_config", type=Path, default=config, help="how the trainings are launched")
     args, words = parser.parse_known_args()
-    flags: dict[str, list[str]] = {"data": [], "export": [], "training": []}
-    names = {"data": DataArguments, "export": ExportArguments}
+    names: dict[str, Any] = {"training": TrainingArguments, "export": ExportArguments, "data": DataArguments}
     owners = {f.name: owner for owner, arguments in names.items() for f in dataclasses.fields(arguments)}
+    flags: dict[str, list[str]] = {owner: [] for owner in (*names, "distill")}
     owner = None
     for word in words:
         if word.startswith("--"):
-            owner = owners.get(word[2:].partition("=")[0], "training")
+            owner = owners.get(word[2:].partition("=")[0].removeprefix("no_"), "distill")
         elif owner is None:
             parser.error(f"{word!r} belongs to no flag.")
         flags[owner].append(word)
@@ -113,7 +117,9 @@ def make_runs(task: str, args: argparse.Namespace, flags: dict[str, list[str]]) 
     for seed in args.seeds:
         student = student_folder(task, seed, args)
         settings = ["--teacher_model_name_or_path", teacher, "--run_baseline", "--seed", seed, *resume]
-        settings += ["--output_dir", student, *flags["training"]]
+        settings += ["--eval_teacher_agreement", "true", "--output_dir", student]
+        settings += [*flags["training"], *flags["distill"]]
+        check_teacher(student, teacher)
         train("glue_distill.py", student, [RECIPES / "configs" / f"{task}.yaml", *data, *settings], args)
         settings = ["--model_dir", student, "--output_dir", student, "--benchmark"]
         settings += ["--max_metric_drop", f"{max_metric_drop(student):.4f}"]
@@ -136,13 +142,28 @@ def student_folder(task: str, seed: int, args: argparse.Namespace) -> Path:
     return args.work_dir / task / f"student-seed{seed}"
 
 
+def check_teacher(student: Path, teacher: Path) -> None:
+    """Note in a student's folder which teacher teaches it, and refuse another one's students."""
+    digest = hashlib.sha256()
+    for path in sorted(teacher.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    file = student / "teacher.sha256"
+    if file.is_file() and file.read_text(encoding="utf-8").strip() != digest.hexdigest():
+        raise SystemExit(
+            f"{student} was distilled from another teacher than the one that is now in {teacher}. Move the student's "
+            "folder away to have it run again, or put its teacher back."
+        )
+    student.mkdir(parents=True, exist_ok=True)
+    write_whole(file, digest.hexdigest() + "\n")
+
+
 def train(recipe: str, folder: Path, flags: Sequence[Any], args: argparse.Namespace) -> None:
     """One training under the launcher, unless its results are there; then its checkpoints are needed no more."""
     words = [str(word) for word in (RECIPES / recipe, *flags)]
     results = results_of(folder)
     if is_trained(recipe, folder, results):
         recorded = results.get("training_run", results["run"])["command"]
-        if names_in(shlex.split(recorded)[1:]) != names_in(words):
+        if not is_same_command(recorded, words):
             raise SystemExit(
                 f"{folder} holds the run of\n{recorded}\nand not of\n{shlex.join(words)}\nMove the folder away to "
                 "have it run again, or give another --work_dir."
@@ -160,7 +181,8 @@ def is_trained(recipe: str, folder: Path, results: dict[str, Any]) -> bool:
     roles = {row["role"] for row in results.get("rows", [])}
     if recipe == "glue_finetune.py":
         return "teacher" in roles
-    return {"teacher", "baseline", "student"} <= roles and (folder / "predictions.json").is_file()
+    is_complete = "distillation" in results and (folder / "predictions.json").is_file()
+    return is_complete and {"teacher", "baseline", "student"} <= roles
 
 
 def export(folder: Path, flags: Sequence[Any]) -> None:
@@ -168,7 +190,7 @@ def export(folder: Path, flags: Sequence[Any]) -> None:
     words = [str(word) for word in (RECIPES / "export_onnx.py", *flags)]
 
     def is_done(results: dict[str, Any]) -> bool:
-        return is_exported(results) and names_in(shlex.split(results["run"]["command"])[1:]) == names_in(words)
+        return is_exported(results) and is_same_command(results["run"]["command"], words)
 
     if is_done(results_of(folder)):
         print(f"{folder} is exported already.")
@@ -200,9 +222,14 @@ def run(*words: str | Path) -> None:
     subprocess.run(command)
 
 
-def names_in(words: Sequence[str]) -> list[str]:
-    """A command without the folders of its paths, which results files leave out."""
-    return [word if "/" not in word else Path(word).name for word in words]
+def is_same_command(recorded: str, words: Sequence[str]) -> bool:
+    """Whether a results file is of this command, whatever the folders of its paths, which it leaves out in part."""
+
+    def names(command: str) -> list[str]:
+        parts = [word.rpartition("=") for word in shlex.split(command)]
+        return [f"{flag}{equals}{Path(value).name if '/' in value else value}" for flag, equals, value in parts]
+
+    return names(recorded) == names(describe_command(words))
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -221,10 +248,9 @@ def write_emotion(folder: Path, emotion_dir: Path | None) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for split, path in files.items():
         rows = read_emotion(split, emotion_dir)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("text", "label"), *rows])
-        temporary.replace(path)
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows([("text", "label"), *rows])
+        write_whole(path, text.getvalue())
     return files
 
 

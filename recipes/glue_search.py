@@ -163,6 +163,11 @@ def check_flags(
             f"teacher_model_name_or_path={model_args.teacher_model_name_or_path}: the search compares with one "
             "teacher; give one."
         )
+    if args.push_to_hub:
+        raise ValueError(
+            "push_to_hub would publish every student that is tried; drop it, and publish the chosen one: "
+            "glue_distill.py chosen.yaml --push_to_hub --teacher_model_name_or_path ... --output_dir ..."
+        )
     shape = {"student_num_layers": "search_num_layers", "student_hidden_size": "search_hidden_sizes"}
     defaults = {f.name: f.default for part in (args, model_args) for f in dataclasses.fields(part)}
     instead = {**shape, "learning_rate": "search_learning_rate", "temperature": "search_temperature"}

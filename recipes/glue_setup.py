@@ -24,6 +24,7 @@ from hf_kd.glue import (
     load_unlabeled_file,
     tokenize,
 )
+from hf_kd.results import write_whole
 
 
 @dataclass
@@ -235,8 +236,10 @@ def save_predictions(
     ((name, in_file_order),) = length_grouping(False).items()
     as_trained = getattr(trainer.args, name)
     setattr(trainer.args, name, in_file_order)
-    output = trainer.predict(data[split])  # by all processes together
-    setattr(trainer.args, name, as_trained)
+    try:
+        output = trainer.predict(data[split])  # by all processes together
+    finally:
+        setattr(trainer.args, name, as_trained)
     if not trainer.is_world_process_zero():
         return
     logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
@@ -246,9 +249,7 @@ def save_predictions(
     found = {"predictions": {}} if is_new else json.loads(path.read_text(encoding="utf-8"))
     found = {"task": task.name, "split": split, "labels": output.label_ids.tolist(), **found}
     found["predictions"][role] = predictions.tolist()
-    temporary = path.with_name("predictions.json.tmp")
-    temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(found) + "\n")
 
 
 def label_config(task: TextTask) -> dict[str, Any]:

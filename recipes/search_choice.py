@@ -12,6 +12,7 @@ import yaml
 
 from hf_kd.deploy.benchmark import ONNX_FILES
 from hf_kd.deploy.report import plot_pareto
+from hf_kd.results import write_whole
 
 
 # A student in a precision: `student` (its number), `precision`, `arguments`, `metric`, `latency_ms`, `size_bytes`.
@@ -175,6 +176,4 @@ def write_config(path: Path, config: dict[str, Any], found: dict[str, Any]) -> N
         lines.append("It was trained on max_train_samples rows; without that line it is trained on all.")
     config = {name: value for name, value in config.items() if value is not None}
     text = "".join(f"# {part}\n" for line in lines for part in textwrap.wrap(line, 117))
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text + yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, text + yaml.safe_dump(config, sort_keys=False))

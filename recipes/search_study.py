@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,10 @@ def run_trials(
         try:
             measured = train_student(arguments, folder / str(number))
         except Exception as error:
-            trial.set_user_attr("error", type(error).__name__)  # the next call goes on with another student
+            trial.set_user_attr("error", type(error).__name__)
             study.tell(trial, state=TrialState.FAIL)
+            goes_on = "goes on with another" if num_students(study) > number else "tries it once more"
+            print(f"student {number} failed; the same command {goes_on}.", flush=True)
             raise
         trial.set_user_attr("seconds", round(time.monotonic() - start, 1))
         if measured is None:
@@ -111,9 +114,13 @@ def run_trials(
 
 
 def num_students(study: optuna.Study) -> int:
-    """Those that came to an end, in whichever way but a kill."""
-    ended = [trial for trial in study.trials if trial.state == TrialState.COMPLETE or "error" in trial.user_attrs]
-    return len({trial.user_attrs["student"] for trial in ended})
+    """Those that came to an end: measured, diverged, or failed twice. Once may be a full disk, or another program."""
+    failures = Counter(trial.user_attrs["student"] for trial in study.trials if "error" in trial.user_attrs)
+    ended = {student for student, count in failures.items() if count > 1}
+    for trial in study.trials:
+        if trial.state == TrialState.COMPLETE or trial.user_attrs.get("error") == "diverged":
+            ended.add(trial.user_attrs["student"])
+    return len(ended)
 
 
 def values_of(point: Point) -> list[float]:

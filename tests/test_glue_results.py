@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from hub_client import HubClient, run_main
+from hub_server import HubServer, User
 from test_distributed import ROOT
 from test_recipes import NAMES, QUICK, RUN, run, save_model, sentence
 
 from hf_kd.deploy.benchmark import default_variants
 from hf_kd.glue import GLUE_TASKS, METRICS, TextTask, load_glue
-from hf_kd.results import ROLES, format_table, read_results
+from hf_kd.results import ROLES, describe_run, format_table, read_results
 from hf_kd.significance import paired_bootstrap
 
 
@@ -186,6 +188,7 @@ def test_the_file_holds_all_seeds_and_roles(finished):
         if row["role"] == "student":
             assert [r for r in own["rows"] if (r["role"], r["seed"]) == ("student", row["seed"])] == [row]
             assert row["weights"]["attention_loss"] == 1.0 and row["steps"] == 12
+            assert 0 <= row["metrics"]["validation"]["teacher_agreement"] <= 1
         else:
             (measured,) = (r for r in own["benchmark"] if r["precision"] == "int8")
             assert (row["metrics"], row["size_bytes"]) == (measured["metrics"], measured["size_bytes"])
@@ -297,15 +300,93 @@ def test_a_table_without_int8(tmp_path, monkeypatch, finished):
 def test_flags_go_to_their_recipes(monkeypatch):
     """The length of the training data in place of that of all would measure other rows than were trained on."""
     module = importlib.import_module("glue_results")
-    words = ["--seeds", "1", "--max_seq_length=32", "--max_steps", "4", "--benchmark_lengths", "16", "64"]
+    words = [
+        "--seeds",
+        "1",
+        "--max_seq_length=32",
+        "--max_steps",
+        "4",
+        "--benchmark_lengths",
+        "16",
+        "64",
+        "--no_optimize",
+    ]
     monkeypatch.setattr(sys, "argv", ["glue_results.py", *words, "--task_loss_weight", "0.2"])
     args, flags = module.parse_flags()
     assert flags == {
         "data": ["--max_seq_length=32"],
-        "export": ["--benchmark_lengths", "16", "64"],
-        "training": ["--max_steps", "4", "--task_loss_weight", "0.2"],
+        "export": ["--benchmark_lengths", "16", "64", "--no_optimize"],
+        "training": ["--max_steps", "4"],
+        "distill": ["--task_loss_weight", "0.2"],
     }
     assert args.seeds == [1] and set(args.tasks) == {"sst2", "mrpc", "rte", "stsb", "wnli", "emotion"}
+
+
+def test_a_command_is_known_again_however_its_paths_are_written(monkeypatch):
+    """A training of a day would be refused as another one's, since its record names no folder and no token."""
+    module = importlib.import_module("glue_results")
+    words = ["recipes/glue_distill.py", "--glue_dir=/data/glue", "--hub_token", "hf_" + "a" * 20, "--seed=1"]
+    monkeypatch.setattr(sys, "argv", words)
+    recorded = describe_run()["command"]
+    assert module.is_same_command(recorded, words)
+    assert module.is_same_command(recorded, [*words[:1], "--glue_dir=other/glue", *words[2:]])
+    assert not module.is_same_command(recorded, [*words[:-1], "--seed=2"])
+
+
+def test_students_of_another_teacher_are_not_taken_for_these(tmp_path):
+    """A teacher that is trained again would stand in the table beside students of the one before."""
+    module = importlib.import_module("glue_results")
+    teacher, student = tmp_path / "teacher", tmp_path / "student-seed1"
+    teacher.mkdir()
+    (teacher / "model.safetensors").write_bytes(b"one")
+    module.check_teacher(student, teacher)
+    module.check_teacher(student, teacher)
+    (teacher / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(SystemExit, match="student-seed1 was distilled from another teacher.*Move the student's"):
+        module.check_teacher(student, teacher)
+
+
+def test_a_student_whose_making_was_not_written_down_is_not_complete(finished):
+    """Its card could never say how it was made, and nothing would run again."""
+    module = importlib.import_module("glue_results")
+    folder = finished[0] / "work" / "sst2" / "student-seed2"
+    results = read_results(folder / "results.json")
+    assert results["distillation"] and module.is_trained("glue_distill.py", folder, results)
+    without = {name: value for name, value in results.items() if name != "distillation"}
+    assert not module.is_trained("glue_distill.py", folder, without)
+
+
+def test_a_description_that_fails_costs_no_rows_and_no_second_training(tmp_path, monkeypatch, tokenizer):
+    """Each call of the table would train the student again, since it is never complete."""
+    write_glue(tmp_path / "glue", GLUE_TASKS["sst2"])
+    teacher = save_model(tmp_path / "teacher", tokenizer, seed=1, **NAMES)
+
+    def fail(trainer):
+        raise RuntimeError("cannot be described")
+
+    monkeypatch.setattr("glue_distill.describe_distillation", fail)
+    flags = ["--task_name", "sst2", "--glue_dir", tmp_path / "glue", "--teacher_model_name_or_path", teacher]
+    run(monkeypatch, "glue_distill", *flags, "--run_baseline", "--output_dir", tmp_path / "out", *QUICK)
+    module = importlib.import_module("glue_results")
+    assert module.is_trained("glue_distill.py", tmp_path / "out", module.results_of(tmp_path / "out"))
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
+def test_a_teacher_is_published_without_what_is_private(tmp_path, tokenizer):
+    """training_args.bin holds the token and the user's folders, and a first push has no metrics in its card."""
+    write_glue(tmp_path / "glue", GLUE_TASKS["sst2"])
+    base, token = save_model(tmp_path / "base", tokenizer, **NAMES), "hf_" + "m" * 34
+    flags = ["--task_name", "sst2", "--glue_dir", tmp_path / "glue", "--model_name_or_path", base, *QUICK]
+    flags += ["--output_dir", tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/teacher"]
+    with HubServer({token: User("me")}) as server, HubClient(server.endpoint, tmp_path / "home") as client:
+        client(run_main, "glue_finetune", *map(str, flags), login=token)
+        repo = server.repos["me/teacher"]
+        assert len(repo.history()) == 1
+        files = repo.files()
+    assert (tmp_path / "out" / "training_args.bin").is_file()
+    assert {"config.json", "model.safetensors", "README.md", "results.json", "tokenizer.json"} <= set(files)
+    assert not {"training_args.bin", "trainer_state.json"} & set(files)
+    assert "nyu-mll/glue" in files["README.md"].decode() and "# teacher" in files["README.md"].decode()
 
 
 # The tables

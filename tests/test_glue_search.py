@@ -14,7 +14,7 @@ from glue_search import split_rows
 from safetensors.torch import load_file
 from search_choice import choose, front
 from search_space import SearchArguments
-from search_study import add_other_precisions, num_students
+from search_study import add_other_precisions, num_students, run_trials
 from test_recipes import NAMES, QUICK, ROOT, run, save_model, write_rows
 
 from hf_kd.glue import GLUE_TASKS
@@ -38,6 +38,11 @@ def flags(folder, output="out"):
     return list(map(str, found))
 
 
+def trials_of(out):
+    storage = optuna.storages.RDBStorage(f"sqlite:///{(out / 'study.db').resolve()}")
+    return optuna.load_study(storage=storage, study_name="glue_search").trials
+
+
 @pytest.fixture(scope="module")
 def searched(folder):
     """A search that was killed in its second student, and the one that went on with it."""
@@ -54,7 +59,7 @@ def searched(folder):
     killed.wait()
     assert not (out / "results.json").exists()
     (out / "students" / "7").mkdir()  # as of a kill while students were deleted
-    first = (out / "students" / "0" / "model.safetensors").stat().st_mtime_ns
+    first = trials_of(out)[:2]
     with pytest.MonkeyPatch.context() as monkeypatch:
         run(monkeypatch, "glue_search", *flags(folder), "--max_latency_ms", 1000)
     return out, first
@@ -70,9 +75,8 @@ def test_goes_on_after_a_kill(searched):
     for fp32, int8 in (trials[:2], trials[3:]):
         assert {fp32["params"]["precision"], int8["params"]["precision"]} == {"fp32", "int8"}
         assert {**fp32["params"], "precision": ""} == {**int8["params"], "precision": ""}
-    kept = {path.name for path in (out / "students").iterdir()}
-    if "0" in kept:
-        assert (out / "students" / "0" / "model.safetensors").stat().st_mtime_ns == first
+    assert [trial.state.name for trial in first] == ["COMPLETE", "COMPLETE"]
+    assert trials_of(out)[:2] == first  # when they began and ended, and what was measured
 
 
 def test_latency_is_measured_once_for_a_shape(searched):
@@ -128,7 +132,7 @@ def test_refuses_another_search_in_the_same_folder(searched, folder, monkeypatch
     """Students of other ranges or of another teacher in one study would be compared as if they were alike."""
     with pytest.raises(ValueError, match=r"search_temperature was \[1.0, 8.0\], and is \[1.0, 4.0\].*may change"):
         run(monkeypatch, "glue_search", *flags(folder), "--search_temperature", 1, 4)
-    with pytest.raises(ValueError, match="learning_rate|max_steps was 4, and is 5"):
+    with pytest.raises(ValueError, match="max_steps was 4, and is 5"):
         run(monkeypatch, "glue_search", *flags(folder), "--max_steps", 5)
     other = save_model(folder / "other", tokenizer, seed=5, **NAMES)
     with pytest.raises(ValueError, match="teacher's weights was"):
@@ -138,6 +142,7 @@ def test_refuses_another_search_in_the_same_folder(searched, folder, monkeypatch
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (["--push_to_hub"], "push_to_hub would publish every student.*chosen.yaml --push_to_hub"),
         (["--learning_rate", "1e-4"], "learning_rate=0.0001 is what is searched.*--search_learning_rate"),
         (["--student_num_layers", "2"], "student_num_layers=2 is what is searched.*--search_num_layers"),
         (["--hidden_loss_weight", "1"], "hidden_loss_weight=1.0 is what is searched.*--search_weights"),
@@ -241,3 +246,51 @@ def test_the_other_precision_is_added_after_a_kill_between_the_two():
         add_other_precisions(study)
         assert len(study.trials) == 2 and num_students(study) == 1
     assert sorted(trial.params["precision"] for trial in study.trials) == ["fp32", "int8"]
+
+
+class OneShape:
+    """A space of one learning rate, for trials that train nothing."""
+
+    depths, widths = (2,), (32,)
+
+    def center(self, depth, width):
+        return {"learning_rate": 1e-3, "precision": "fp32"}
+
+    def draw(self, trial):
+        trial.suggest_categorical("precision", ["fp32", "int8"])
+        return {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)}
+
+    def arguments(self, drawn):
+        return {"student_num_layers": 2, "learning_rate": drawn["learning_rate"]}
+
+
+def test_an_error_is_tried_again_and_does_not_take_a_student_away(tmp_path, capsys):
+    """A full disk would use up the students that were asked for, and the middle of the ranges never be tried."""
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    tried = []
+
+    def call(*outcomes, num_trials=3):
+        coming = iter(outcomes)
+
+        def train_student(arguments, folder):
+            outcome = next(coming)
+            tried.append((int(folder.name), arguments["learning_rate"], outcome))
+            if outcome == "error":
+                raise OSError("no space left on device")
+            return None if outcome == "diverged" else {"fp32": point(0, 0.9, 2, 4), "int8": point(0, 0.8, 1, 1)}
+
+        run_trials(study, OneShape(), SearchArguments(num_trials=num_trials), 0, tmp_path, train_student)
+
+    with pytest.raises(OSError):
+        call("error")
+    assert num_students(study) == 0 and "tries it once more" in capsys.readouterr().out
+    with pytest.raises(OSError):
+        call("good", "error")
+    with pytest.raises(OSError):
+        call("error")
+    assert num_students(study) == 2 and "goes on with another" in capsys.readouterr().out
+    call("diverged")
+    assert [number for number, _, _ in tried] == [0, 0, 1, 1, 2]
+    assert tried[0][1] == tried[1][1] == 1e-3 and tried[2][1] == tried[3][1] != 1e-3
+    call()
+    assert num_students(study) == 3

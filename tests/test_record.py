@@ -23,7 +23,7 @@ from hf_kd import (
     TaskTerm,
     student_from_teacher,
 )
-from hf_kd.record import describe_distillation, identify, record_distillation
+from hf_kd.record import describe_distillation, identify, record_distillation, remove_deployment
 from hf_kd.results import read_results, write_results
 
 
@@ -89,6 +89,41 @@ def test_notes_survive_when_callbacks_are_restored(make_args, collator, tmp_path
     run_until(3, args, collator)
     trainer = run_until(None, args, collator, tmp_path / "out" / "checkpoint-2")
     assert describe_distillation(trainer)["training"]["resumed_at_steps"] == [2]
+
+
+def test_a_finished_training_was_not_interrupted(make_args, collator, tmp_path):
+    """Starting a script again after its end would make a run of one piece an interrupted one."""
+    args = make_args(save_strategy="steps", save_steps=3, max_steps=3)  # an epoch
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    first = describe_distillation(run_until(None, args, collator))["training"]
+    again = describe_distillation(run_until(None, args, collator, checkpoint))["training"]
+    assert (again["resumed_at_steps"], again["steps"], again["epochs"]) == ([], 3, 1.0)
+    assert {**again, "optimizer": first["optimizer"]} == first
+    args = make_args(save_strategy="no", max_steps=5)  # it goes on after all
+    found = describe_distillation(run_until(None, args, collator, checkpoint))["training"]
+    assert (found["resumed_at_steps"], found["steps"], found["epochs"]) == ([3], 5, 1.67)
+
+
+# Teachers
+
+
+def test_a_teacher_that_is_only_compared_with(make_args, collator, tmp_path):
+    """A student of labels alone would be published as a distilled one."""
+    make_model(seed=1).save_pretrained(tmp_path / "teacher")
+    teacher = MODEL_CLASSES["single_label_classification"].from_pretrained(tmp_path / "teacher")
+    student = student_from_teacher(teacher, num_layers=2)
+    args = make_args(logit_loss_weight=0.0, task_loss_weight=1.0, eval_teacher_agreement=True, max_steps=1)
+    options = {"eval_dataset": make_dataset(num_rows=8), "compute_metrics": accuracy}
+    trainer = make_trainer(student, teacher, args, collator, **options)
+    trainer.train()
+    trainer.evaluate()
+    record_distillation(trainer)
+    results = read_results(tmp_path / "out" / "results.json")
+    found = results["distillation"]
+    assert found["teachers"] == [] and [model["name"] for model in found["agreement_teachers"]] == ["teacher"]
+    assert results["rows"][0]["role"] == "baseline"
+    start = found["student"]["start"]
+    assert (start["kind"], start["name"], start["layers"]) == ("teacher", "teacher", [2, 4]) and "teacher" not in start
 
 
 # Terms
@@ -277,6 +312,32 @@ def test_a_broken_card_says_nothing(tmp_path):
     assert identify(config) == {"name": tmp_path.name}
 
 
+def cached(path, commits, main=None):
+    """The Hub's cache of `acme/bert`, with a card for each commit."""
+    repository = path / "models--acme--bert"
+    for commit in commits:
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "README.md").write_text("---\nlicense: mit\n---\n# It\n")
+    if main is not None:
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(main)
+
+
+@pytest.mark.parametrize(
+    ("commits", "main", "is_clear"),
+    [("a", "a", True), ("a", None, False), ("a", "b", False), ("ab", "a", False)],
+    ids=["main", "a revision alone", "another main", "two"],
+)
+def test_a_commit_is_named_only_where_it_is_clear(tmp_path, monkeypatch, commits, main, is_clear):
+    """The card would name a commit, and take over a licence, of files that were never loaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached(tmp_path, [commit * 40 for commit in commits], main and main * 40)
+    config = make_model().config
+    config._name_or_path, config._commit_hash = "acme/bert", None
+    known = {"revision": "a" * 40, "license": "mit"} if is_clear else {}
+    assert identify(config) == {"name": "acme/bert", "is_hub_id": True, **known}
+
+
 # The training
 
 
@@ -290,6 +351,20 @@ def test_training_facts(make_args, collator):
         **{"gradient_accumulation_steps": 3, "precision": "float32", "seed": 7, "optimizer": "AdamW"},
         **{"learning_rate": 0.001, "arguments": {"lr_scheduler_type": "cosine", "weight_decay": 0.01}},
     }
+
+
+def test_zero_is_a_choice(make_args, collator):
+    """A training without clipping would read as one with the default."""
+    trainer = make_trainer(make_model(seed=2), make_model(seed=1), make_args(max_grad_norm=0.0), collator)
+    arguments = describe_distillation(trainer)["training"]["arguments"]
+    assert arguments == {"lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+
+
+def test_weights_in_bfloat16_are_named(make_args, collator):
+    """Half the digits would be published as float32."""
+    student = make_model(seed=2).to(torch.bfloat16)
+    trainer = make_trainer(student, make_model(seed=1), make_args(), collator)
+    assert describe_distillation(trainer)["training"]["precision"] == "bfloat16"
 
 
 def test_an_optimizer_of_the_users_own(make_args, collator):
@@ -373,3 +448,63 @@ def test_results_of_the_folder(make_args, collator, tmp_path):
     found = read_results(path)
     assert found["rows"] == [row] and found["comparisons"] == []
     assert found["distillation"]["data"]["task"] == "sst2" and found["distillation"]["data"]["rows"] == 24
+
+
+def trained(make_args, collator, **changes):
+    options = {"eval_dataset": make_dataset(num_rows=8), "compute_metrics": accuracy}
+    args = make_args(max_steps=1, **changes)
+    trainer = make_trainer(make_model(seed=2), make_model(seed=1), args, collator, **options)
+    trainer.train()
+    trainer.save_model()
+    record_distillation(trainer)
+    return trainer
+
+
+def test_a_trainer_that_has_not_trained_keeps_the_history(make_args, collator, tmp_path):
+    """To evaluate a student once more and push it would publish it as one of 0 steps."""
+    trained(make_args, collator, seed=7)
+    path = tmp_path / "out" / "results.json"
+    before = read_results(path)
+    assert before["rows"] == [] and "evaluation" not in before["distillation"]
+    student = MODEL_CLASSES["single_label_classification"].from_pretrained(tmp_path / "out")
+    options = {"eval_dataset": make_dataset(num_rows=6), "compute_metrics": accuracy}
+    trainer = make_trainer(student, make_model(seed=1), make_args(), collator, **options)
+    record_distillation(trainer)
+    assert read_results(path) == before
+    metrics = trainer.evaluate()
+    for _ in range(2):
+        record_distillation(trainer)
+        after = read_results(path)
+        (row,) = after["rows"]
+        assert row["metrics"]["eval"]["accuracy"] == metrics["eval_accuracy"]
+        assert (row["seed"], row["steps"]) == (7, 1)
+        assert after["distillation"].pop("evaluation") == row["metrics"]
+        assert after["distillation"]["data"].pop("evaluation_rows") == {"eval": 6}
+    del before["distillation"]["data"]["evaluation_rows"]
+    assert after["distillation"] == before["distillation"] and after["run"] == before["run"]
+
+
+def deployed(folder):
+    (folder / "onnx").mkdir(parents=True, exist_ok=True)
+    names = ("onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/export_report.json", "report.md", "pareto.png")
+    for path in (folder / name for name in names):
+        path.write_bytes(b"{}")
+    return [folder / name for name in names]
+
+
+def test_an_earlier_students_files_go_with_it(make_args, collator, tmp_path):
+    """The ONNX file of the student before would be published beside the weights of this one."""
+    folder = tmp_path / "out"
+    files = deployed(folder)
+    (folder / "notes.md").write_text("mine")
+    for path in files:
+        os.utime(path, (1, 1))
+    trainer = trained(make_args, collator)
+    assert not any(path.exists() for path in files) and (folder / "notes.md").exists()
+    (folder / "results.json").unlink()
+    deployed(folder)  # of this training, without a results.json
+    record_distillation(trainer)
+    assert all(path.exists() for path in files)
+    remove_deployment(folder)
+    assert not any(path.exists() for path in files) and (folder / "model.safetensors").exists()
+    remove_deployment(tmp_path / "nothing")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from hf_kd.results import describe_run, format_table, read_results, write_results
+from hf_kd.results import describe_run, format_table, read_results, write_results, write_whole
 
 
 def make_row(role, value, seed=0, task="sst2", parameters=66_955_010, **more):
@@ -109,3 +109,14 @@ def test_a_teacher_that_scores_nothing_has_a_table():
     assert "| cola | student distilled |" in format_table(
         [make_row("teacher", 0.0, task="cola"), make_row("student", 0.1, task="cola")]
     )
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """What a kill leaves of half a file would be read as all of it."""
+    path = tmp_path / "found.txt"
+    write_whole(path, "before\n")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "after \ud800\n")
+    assert path.read_text() == "before\n"
+    write_whole(path, "after\n")
+    assert path.read_text() == "after\n" and [path.name for path in tmp_path.iterdir()] == ["found.txt"]

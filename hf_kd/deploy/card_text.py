@@ -29,6 +29,13 @@ _SIZES = {
     "hidden_dim": "feed-forward width",
     "num_attention_heads": "attention heads",
 }
+# Kind of a term -> what of the teacher it looks at.
+_INNER = {
+    "hidden": "hidden states",
+    "attention": "attention",
+    "relation": "relations between tokens or rows",
+    "custom": "outputs",
+}
 MAX_LABELS = 40
 
 
@@ -103,7 +110,7 @@ def summary(distillation: Facts, student: Facts, data: Facts, problem: str) -> s
     if teachers:
         return f"{what} for {task}, distilled from {listed(link(teacher) for teacher in teachers)} with hf_kd."
     if distillation:
-        return f"{what} for {task}, trained with hf_kd on labels alone: no teacher took part."
+        return f"{what} for {task}, trained with hf_kd on labels alone: no teacher taught it."
     return f"{what} for {task}."
 
 
@@ -131,7 +138,7 @@ def describe_own_metrics(row: Facts | None, num_seeds: int) -> str:
     ]
     is_one_of_several = num_seeds > 1 and row.get("seed") is not None
     of_seed = f", which is the one of seed {row['seed']}" if is_one_of_several else ""
-    return f"All that was measured of this student{of_seed}: {'; '.join(words)}."
+    return f"Metrics of this student{of_seed}: {'; '.join(words)}."
 
 
 def _metric(value: Any) -> str:
@@ -262,7 +269,7 @@ def describe_start(start: Facts, teachers: Sequence[Facts]) -> str:
         return "Where its weights came from before training was not recorded."
     index = start.get("teacher")
     if index is None:
-        source = code(start["name"]) if start.get("name") else "another model"
+        source = link(start) if start.get("name") else "another model"
     else:
         source = "the teacher" if len(teachers) == 1 else f"teacher {index + 1}"
     narrowed = ", ".join(
@@ -367,7 +374,7 @@ def describe_data(data: Facts, terms: Sequence[Facts], num_teachers: int) -> str
         lines.append("Sentences generated from a seed (hf_kd's demo task)")
     elif data.get("dataset_name") or data.get("dataset"):
         lines.append(plain(data.get("dataset_name") or data["dataset"]))
-    teachers = "the teacher teaches" if num_teachers == 1 else "the teachers teach"
+    teachers = ("", ", on which the teacher teaches", ", on which the teachers teach")[min(num_teachers, 2)]
     augmented, unlabeled = data.get("augmented_rows") or 0, data.get("unlabeled_rows")
     if data.get("labeled_rows") is not None:
         reads_labels = any(t["kind"] in ("task", "custom") or t.get("type") == "decoupled_kl" for t in terms)
@@ -375,11 +382,12 @@ def describe_data(data: Facts, terms: Sequence[Facts], num_teachers: int) -> str
         lines.append(f"{count(data['labeled_rows'], 'labelled training row')}{unread}")
     elif data.get("rows") is not None:
         lines.append(count(data["rows"], "training row"))
-    if data.get("max_train_rows"):
-        lines[-1] += f" (limited to {data['max_train_rows']:,}, drawn at random)"
+    limit = data.get("max_train_rows")
+    if limit and data.get("labeled_rows", data.get("rows") or 0) >= limit:  # else there were not as many
+        lines[-1] += f" (limited to {limit:,}, drawn at random)"
     if unlabeled is not None and unlabeled > augmented:
         source = f" from {code(files['unlabeled'])}" if files.get("unlabeled") else ""
-        lines.append(f"{count(unlabeled - augmented, 'row')} without a label{source}, on which {teachers}")
+        lines.append(f"{count(unlabeled - augmented, 'row')} without a label{source}{teachers}")
     if augmented:
         augment = data.get("augment") or {}
         how = (
@@ -388,7 +396,7 @@ def describe_data(data: Facts, terms: Sequence[Facts], num_teachers: int) -> str
             else "words masked, and n-grams sampled"
         )
         most = f", up to {augment['variants']} of each labelled row" if augment.get("variants") else ""
-        lines.append(f"{count(augmented, 'augmented row')}{most} ({how}), on which {teachers}")
+        lines.append(f"{count(augmented, 'augmented row')}{most} ({how}){teachers}")
     if data.get("max_length"):
         lines.append(f"Inputs of up to {data['max_length']} tokens; longer ones were cut")
     return bullets(lines)
@@ -407,7 +415,7 @@ def describe_training(training: Facts, row: Facts | None) -> str:
     if resumed := training.get("resumed_at_steps"):
         which = f"steps {listed(map(str, resumed))}" if len(resumed) > 1 else f"step {resumed[0]}"
         checkpoint = "checkpoints" if len(resumed) > 1 else "the checkpoint"
-        lines.append(f"Interrupted, and resumed from {checkpoint} of {which}")
+        lines.append(f"Resumed from {checkpoint} of {which}")
     if training.get("best_step") is not None:
         lines.append(f"The weights are those of step {training['best_step']:,}, the best on the validation rows")
     rates = training["learning_rate"]
@@ -419,7 +427,8 @@ def describe_training(training: Facts, row: Facts | None) -> str:
     if arguments := training.get("arguments"):
         lines.append(", ".join(f"`{name}` {_argument(value)}" for name, value in sorted(arguments.items())))
     precision = training["precision"]
-    precise = "float32" if precision == "float32" else f"Mixed precision, {plain(precision)}"
+    precise = "float32" if precision == "float32" else f"Weights and computation in {plain(precision)}"
+    precise = f"Mixed precision, {plain(precision)}" if precision in ("bf16", "fp16", "fp8") else precise
     distributed = f", {plain(training['distributed'])}" if training.get("distributed") else ""
     lines.append(f"{precise}, seed {training['seed']}{distributed}")
     return bullets(lines)
@@ -437,21 +446,23 @@ def limits(
     data: Facts,
     row: Facts | None,
     rows: Sequence[Facts],
+    problem: str,
     *,
     export: Facts,
     sizes: Mapping[str, int],
 ) -> str:
     """What this run knows about where the student should not be trusted."""
-    lines = [_domain(data), *_evaluation(row, rows, data)]
     teachers, training = distillation.get("teachers") or [], distillation.get("training") or {}
+    lines = [_domain(data), *_evaluation(row, rows, data, training, problem)]
     if teachers:
-        lines.append(_inheritance(data, teachers))
-        lines.append(_agreement(row))
+        lines.append(_inheritance(data, teachers, distillation.get("terms") or []))
+    lines.append(_agreement(row, teachers, distillation.get("agreement_teachers") or []))
     if training and training["steps"] < (training.get("planned_steps") or 0):
         lines.append("The training did not run to its planned end")
-    max_length = data.get("max_length") or export.get("max_length")
-    if max_length:
-        lines.append(f"Texts of more than {max_length} tokens were not part of training or evaluation in full")
+    if data.get("max_length"):
+        lines.append(f"Texts of more than {data['max_length']} tokens were not part of training or evaluation in full")
+    if export.get("max_length"):
+        lines.append(f"The ONNX files were checked on texts of up to {export['max_length']} tokens")
     lines += _int8(export, sizes)
     return bullets(line for line in lines if line)
 
@@ -466,7 +477,7 @@ def _domain(data: Facts) -> str:
     return f"Not measured on texts of any other kind than its training data's{language}" if data else ""
 
 
-def _evaluation(row: Facts | None, rows: Sequence[Facts], data: Facts) -> list[str]:
+def _evaluation(row: Facts | None, rows: Sequence[Facts], data: Facts, training: Facts, problem: str) -> list[str]:
     if row is None:
         return ["Its quality was not measured"] if data else []
     lines = []
@@ -475,21 +486,29 @@ def _evaluation(row: Facts | None, rows: Sequence[Facts], data: Facts) -> list[s
     if number:
         line = f"Measured on {count(number, 'row')} of `{plain(split)}`"
         value = row["metrics"][split][metric]
-        if metric == "accuracy" and 0 <= value <= 1:
+        # Of token labels or answers there are not as many as rows.
+        if problem == "single_label_classification" and metric == "accuracy" and 0 <= value <= 1:
             error = 100 * math.sqrt(value * (1 - value) / number)
             line += f": one standard error of its accuracy is {error:.1f} points"
         lines.append(line)
-    if len(row.get("learning_rates") or []) > 1 and split != "test":
-        lines.append("The learning rate was chosen on the rows that it is measured on, which flatters it")
+    chosen = ["learning rate"] if len(row.get("learning_rates") or []) > 1 else []
+    chosen += ["step"] if training.get("best_step") is not None else []
+    if chosen and split != "test":
+        were = "were" if len(chosen) > 1 else "was"
+        lines.append(f"The {listed(chosen)} {were} chosen on the rows that it is measured on, which flatters it")
     seeds = {other.get("seed") for other in rows if (other["role"], other["task"]) == ("student", row["task"])}
     if len(seeds) == 1:
         lines.append("Trained with one seed: how much its quality changes with the seed is not known")
     return lines
 
 
-def _inheritance(data: Facts, teachers: Sequence[Facts]) -> str:
+def _inheritance(data: Facts, teachers: Sequence[Facts], terms: Sequence[Facts]) -> str:
     whose = "the teacher's" if len(teachers) == 1 else "the teachers'"
     total, own = data.get("rows"), data.get("labeled_rows")
+    kinds = {term["kind"] for term in terms}
+    if "logit" not in kinds:
+        what = listed([name for kind, name in _INNER.items() if kind in kinds] or ["outputs"])
+        return f"It learned from {whose} {what}, errors and biases included; neither was measured by groups of people"
     if total and own is not None and own < total:
         return (
             f"{whose[0].upper() + whose[1:]} answers are the only labels of {(total - own) / total:.0%} of the "
@@ -498,10 +517,15 @@ def _inheritance(data: Facts, teachers: Sequence[Facts]) -> str:
     return f"It learned from {whose} answers, errors and biases included; neither was measured by groups of people"
 
 
-def _agreement(row: Facts | None) -> str:
+def _agreement(row: Facts | None, teachers: Sequence[Facts], others: Sequence[Facts]) -> str:
+    if teachers:
+        whom = "the teacher" if len(teachers) == 1 else "the teachers"
+    else:
+        whom = f"{listed(link(model) for model in others)}, which did not teach it," if others else "the teacher"
     for split, metrics in (row or {}).get("metrics", {}).items():
         if "teacher_agreement" in metrics:
-            return f"Gives the teacher's answer on {metrics['teacher_agreement']:.1%} of the rows of `{plain(split)}`"
+            share = f"{100 * metrics['teacher_agreement']:.1f} %"
+            return f"Agrees with {whom} in {share} of predictions on `{plain(split)}`"
     return ""
 
 

@@ -6,12 +6,13 @@ python -m hf_kd.deploy.hub runs/sst2-student my-name/sst2-student [--private] [-
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,17 @@ def push_student(
     """
     folder = Path(folder)
     check_student(folder)
-    with card_problems_warn():
-        write_model_card(folder, repo_id=repo_id)
+    _check_no_tokens(folder, published_files(folder))
     try:
-        return _push_files(
-            folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+        repo_id = open_repository(repo_id, private=private, token=token)
+        with card_problems_warn():
+            write_model_card(folder, repo_id=repo_id)
+        return _commit_files(
+            folder,
+            repo_id,
+            token=token,
+            revision=revision,
+            commit_message=commit_message or f"Student distilled with hf_kd {__version__}",
         )
     except (PermissionError, ValueError):
         raise  # says what to do
@@ -109,6 +116,24 @@ def push_student(
             f"python -m hf_kd.deploy.hub {folder} {repo_id}"
         )
         raise
+
+
+def push_files(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> CommitInfo:
+    """
+    Publish a folder as it is: the files that [`push_student`] would send, unchecked, with the card that is there.
+
+    Args, returns and raises: As [`push_student`].
+    """
+    repo_id = open_repository(repo_id, private=private, token=token)
+    return _commit_files(Path(folder), repo_id, token=token, revision=revision, commit_message=commit_message)
 
 
 def check_student(folder: str | os.PathLike) -> None:
@@ -168,15 +193,12 @@ def open_repository(repo_id: str, *, private: bool | None = None, token: str | b
         ValueError: If it should be private, and is public.
     """
     api = _api(token)
-    try:
+    with _refusals_explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    except HfHubHTTPError as error:
-        if getattr(error.response, "status_code", None) not in (401, 403):
-            raise
-        raise PermissionError(
-            f"nothing can be written to {repo_id!r} on the Hub: {error} Log in with a token that may write "
-            "(`hf auth login`, or HF_TOKEN), and give a name of your own as `name` or `owner/name`."
-        ) from error
+        # The client takes a refusal for somebody else's repository, which can be read, as "it is there".
+        user = api.whoami()
+    if repo_id.split("/")[0] not in (user["name"], *(organization["name"] for organization in user.get("orgs", []))):
+        raise PermissionError(_not_writable(repo_id, f"it is not {user['name']}'s, nor of an organisation of theirs."))
     if private and not api.model_info(repo_id).private:
         raise ValueError(
             f"{repo_id} is there already and public, so what is pushed would be; make it private in its settings, or "
@@ -208,23 +230,18 @@ def push_in_background(folder: str | os.PathLike, repo_id: str, **options: Any) 
         if (error := job.exception()) is not None:
             logger.warning(f"{options.get('commit_message', 'a push')!r} did not get to {repo_id}: {error}")
 
-    job = run_as_future(_push_files, Path(copy), repo_id, **options)
+    job = run_as_future(push_files, copy, repo_id, **options)
     job.add_done_callback(finish)
     return job
 
 
-def _push_files(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
+def _commit_files(
+    folder: Path, repo_id: str, *, token: str | bool | None, revision: str | None, commit_message: str | None
 ) -> CommitInfo:
-    names = published_files(folder)
+    names, api = published_files(folder), _api(token)
+    if not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(f"{str(folder)!r} holds no safetensors, and without weights it is no model; save it there.")
     _check_no_tokens(folder, names)
-    repo_id, api = open_repository(repo_id, private=private, token=token), _api(token)
     try:
         remote = api.model_info(repo_id, revision=revision)
     except RevisionNotFoundError:
@@ -235,13 +252,31 @@ def _push_files(
         *(CommitOperationAdd(name, folder / name) for name in names),
         *(CommitOperationDelete(name) for name in sorted(stale) if _PUBLISHED.fullmatch(name)),
     ]
-    return api.create_commit(
-        repo_id,
-        operations,
-        commit_message=commit_message or f"Student distilled with hf_kd {__version__}",
-        revision=revision,
-        # Somebody else's commit since then is an error: together they may be no complete student.
-        parent_commit=remote.sha,
+    with _refusals_explained(repo_id):
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload with hf_kd",
+            revision=revision,
+            # Somebody else's commit since then is an error: together they may be no complete model.
+            parent_commit=remote.sha,
+        )
+
+
+@contextlib.contextmanager
+def _refusals_explained(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", None) not in (401, 403):
+            raise
+        raise PermissionError(_not_writable(repo_id, str(error))) from error
+
+
+def _not_writable(repo_id: str, reason: str) -> str:
+    return (
+        f"nothing can be written to {repo_id!r} on the Hub: {reason} Log in with a token that may write (`hf auth "
+        "login`, or HF_TOKEN), and give a name of your own as `name` or `owner/name`."
     )
 
 

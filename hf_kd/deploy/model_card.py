@@ -140,8 +140,10 @@ def card_problems_warn() -> Iterator[None]:
 
 
 def _is_generated(path: Path) -> bool:
+    """Whether the comment is where it was put, right after the metadata; a person may quote it further down."""
     text = path.read_text(encoding="utf-8", errors="replace")
-    return MARKER in text or _TRAINER_MARKER in text
+    body = re.sub(r"\A---\s*\n.*?\n---[ \t]*(\n|\Z)", "", text, count=1, flags=re.DOTALL)
+    return body.lstrip().startswith((MARKER, _TRAINER_MARKER))
 
 
 @dataclass
@@ -187,10 +189,11 @@ class StudentCard:
         """Collect what the folder holds."""
         config_file, report_file = folder / "config.json", folder / "onnx/export_report.json"
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        export = results.get("export")
-        if export is None and report_file.is_file():
+        export, has_onnx = results.get("export"), "export" in results or _is_of_this_student(folder)
+        if export is None and has_onnx and report_file.is_file():
             export = json.loads(report_file.read_text(encoding="utf-8"))
-        names = [path.relative_to(folder).as_posix() for path in (*folder.glob("*"), *folder.glob("onnx/*"))]
+        paths = [*folder.glob("*"), *(folder.glob("onnx/*") if has_onnx else ())]
+        names = [path.relative_to(folder).as_posix() for path in paths]
         distillation = results.get("distillation") or {}
         # A card that is written before the model is saved.
         will_have_tokenizer = not config and distillation.get("student", {}).get("has_tokenizer", False)
@@ -250,9 +253,10 @@ class StudentCard:
         start = self.distillation.get("student", {}).get("start", {})
         source: Mapping[str, Any] = start
         if start.get("kind") == "teacher":
-            if start["init"] == "random" or start.get("teacher") is None:
+            if start["init"] == "random":
                 return None
-            source = self.distillation["teachers"][start["teacher"]]
+            if start.get("teacher") is not None:  # else it says itself what it was copied from
+                source = self.distillation["teachers"][start["teacher"]]
         if source.get("is_hub_id"):
             return source["name"]
         found = source.get("base_model")
@@ -335,7 +339,7 @@ class StudentCard:
             "own_metrics": card_text.describe_own_metrics(measured, len(seeds)),
             "comparison": card_text.compare_with_baseline(self.rows, self.comparisons, task),
             "num_teacher_rows": sum((row["role"], row["task"]) == ("teacher", task) for row in self.rows),
-            "has_picture": "pareto.png" in self.sizes,
+            "has_picture": "pareto.png" in self.sizes and bool(self.benchmark),
             "onnx_files": card_text.describe_onnx_files(onnx, self.benchmark) if onnx else "",
             "export": card_text.describe_export(self.export),
             "teachers": card_text.describe_teachers(teachers),
@@ -344,7 +348,7 @@ class StudentCard:
             "data": card_text.describe_data(self.data, terms, len(teachers)),
             "training": card_text.describe_training(made.get("training") or {}, self.row),
             "limits": card_text.limits(
-                made, self.data, self.row, self.rows, export=self.export if onnx else {}, sizes=onnx
+                made, self.data, self.row, self.rows, self.problem, export=self.export if onnx else {}, sizes=onnx
             ),
             "licence": self._describe_licence(),
             "papers": card_text.papers(made, self.data),
@@ -382,6 +386,14 @@ class StudentCard:
         if known <= {None}:
             return "not stated, as that of what it was made from is not known."
         return "not stated, as the checkpoints that it was made from do not all name the same one."
+
+
+def _is_of_this_student(folder: Path) -> bool:
+    """Whether the ONNX files were not made before the weights beside them, of a student that is gone."""
+    weights = [path.stat().st_mtime for path in folder.glob("*.safetensors")]
+    report = folder / "onnx/export_report.json"
+    exported = [path.stat().st_mtime for path in ([report] if report.is_file() else folder.glob("onnx/*.onnx"))]
+    return not weights or not exported or min(exported) >= max(weights)
 
 
 def _known(facts: Mapping[str, Any], *names: str) -> dict[str, Any]:

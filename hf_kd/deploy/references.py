@@ -1,6 +1,7 @@
 """Papers and data sets that a model card names."""
 
 # Form of a term -> authors and year, title, where it is. The docstrings in `objective/losses` say which equation.
+# attention:cosine is of no paper.
 PAPERS: dict[str, tuple[str, str, str]] = {
     "logit:kl": (
         "Hinton et al. 2015",

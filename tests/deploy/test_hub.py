@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_model
+from conftest import make_dataset, make_model
 from hub_client import ClientError, HubClient, download, look_around, onnx_scores, push, run_main, torch_logits, train
 from hub_server import HubServer, User
 from safetensors.torch import load_file, save_file
@@ -133,6 +133,7 @@ def test_push_sends_a_student_in_one_commit_and_nothing_else(client, hub_server,
 def test_what_was_pushed_loads_and_answers_as_the_folder_does(client, hub_server, folder):
     """A published student would answer differently from the one that was measured, or not load at all."""
     client(push, folder, "student", login=MINE)  # the owner is who the token is of
+    assert b'"me/student"' in hub_server.repos["me/student"].files()["README.md"]
     np.testing.assert_array_equal(client(torch_logits, "me/student", TEXTS), torch_logits(str(folder), TEXTS))
     assert client(onnx_scores, "me/student", TEXTS) == OnnxTextClassifier.from_pretrained(folder)(TEXTS)
     fp32 = OnnxTextClassifier.from_pretrained(folder, "model.onnx")(TEXTS)
@@ -166,7 +167,8 @@ def test_a_push_that_breaks_off_leaves_all_or_nothing_and_can_be_repeated(client
         kinds = list(hub_server.requests)
     expected = hub_server.repos["me/student"].files()
     assert "model-00001-of-00001.safetensors" not in expected and expected["notes.txt"] == b"mine"
-    assert {"create", "validate", "info", "preupload", "batch", "upload", "verify", "commit"} == set(kinds)
+    expected_kinds = {"create", "whoami", "validate", "info", "preupload", "batch", "upload", "verify", "commit"}
+    assert set(kinds) == expected_kinds
     last = len(kinds) - 1
     ways = {
         "from then on": lambda stop: lambda index, kind: "reset" if index >= stop else None,
@@ -239,6 +241,14 @@ def test_push_without_the_right_says_how_to_get_it(client, hub_server, small_fol
     ):
         client(push, small_folder, "me/student", login=token)
     assert hub_server.repos == {}
+
+
+def test_push_to_a_repository_of_somebody_else_is_refused(client, hub_server, small_folder):
+    """Public, so it can be read and `create_repo` says that it is there: the refusal would come after the training."""
+    hub_server.create("me/student")
+    with pytest.raises(ClientError, match="PermissionError: nothing can be written to 'me/student'"):
+        client(push, small_folder, "me/student", login=OTHER)
+    assert "preupload" not in hub_server.requests
 
 
 def test_branches_are_made_and_read(client, hub_server, folder):
@@ -388,10 +398,27 @@ def test_what_would_publish_checkpoints_is_refused_before_training(tmp_path):
     DistillationTrainingArguments(str(tmp_path), hub_strategy="checkpoint", use_cpu=True)  # nothing is pushed
 
 
-def test_a_trainer_that_cannot_publish_says_so_before_training(client, hub_server, small_folder, student, make_args):
+def test_processes_that_do_not_push_save_on(student, make_args, tokenizer, monkeypatch):
+    """Only the first process opens the repository; at the first save the others must not ask for what it keeps."""
+    monkeypatch.setattr(DistillationTrainer, "is_world_process_zero", lambda trainer: False)
+    args = make_args(push_to_hub=True, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = DistillationTrainer(
+        student, args, teacher_model=make_model(), train_dataset=make_dataset(8), processing_class=tokenizer
+    )
+    trainer.train()
+    assert trainer.push_to_hub() is None
+    assert trainer.state.global_step == 2
+
+
+def test_a_trainer_that_cannot_publish_says_so_before_training(
+    client, hub_server, small_folder, student, make_args, tokenizer
+):
     """Hours later the student could not be pushed: no tokenizer to go with it, no token that may write."""
     with pytest.raises(ValueError, match="published with its tokenizer, but processing_class is NoneType"):
         DistillationTrainer(student, make_args(push_to_hub=True), teacher_model=make_model())
+    own = type("OwnModel", (type(student),), {})(student.config)
+    with pytest.raises(ValueError, match="a model that transformers loads, but this is .*OwnModel"):
+        DistillationTrainer(own, make_args(push_to_hub=True), teacher_model=make_model(), processing_class=tokenizer)
     with pytest.raises(ClientError, match="PermissionError: nothing can be written to 'me/student'"):
         client(
             *(train, str(small_folder), str(small_folder), str(small_folder.parent / "out")),

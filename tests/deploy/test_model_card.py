@@ -10,6 +10,7 @@ import shutil
 from functools import cache
 from html import unescape
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import transformers
@@ -34,6 +35,8 @@ from hf_kd import (
 from hf_kd.compat import length_grouping
 from hf_kd.deploy import card_text
 from hf_kd.deploy.model_card import MARKER, StudentCard, write_model_card
+from hf_kd.deploy.references import PAPERS
+from hf_kd.objective.terms import AttentionLossType, HiddenLossType, LogitLossType, RelationLossType
 from hf_kd.results import read_results, write_results
 
 
@@ -319,6 +322,8 @@ def test_an_edited_card_stays(folder):
     for text, stays in (
         ("# Mine", True),
         ("---\nlicense: mit\n---\n# Mine", True),
+        ("# Mine\n\nIt was made like this one:\n\n" + path.read_text(), True),
+        ("---\nlicense: mit\n---\n# Mine\n\n" + MARKER + " -->", True),
         (path.read_text() + "\nMore.", False),
         ("<!-- This model card has been generated automatically according to the information the Trainer\n-->", False),
     ):
@@ -486,6 +491,107 @@ def test_learning_rates_that_were_chosen_on_the_reported_rows(folder):
     assert "chosen on the validation rows from 0.0001 and 0.001" in text and "which flatters it" in text
 
 
+def test_the_best_step_was_chosen_on_the_reported_rows(folder):
+    """As with learning rates, the best of several would be taken for a measurement on fresh rows."""
+    edited(folder, lambda made: made["training"].update(best_step=4))
+    text = (folder / "README.md").read_text()
+    assert "- The step was chosen on the rows that it is measured on, which flatters it" in text
+    rows = [{**row, "learning_rates": [1e-4, 1e-3]} for row in read_rows(folder)]
+    assert "- The learning rate and step were chosen on the rows" in rewrite(folder, rows=rows)
+
+
+def test_a_student_of_labels_alone(folder):
+    """Teachers would be given the credit for what they took no part in."""
+
+    def without_teachers(made):
+        compared = made["teachers"][:1]
+        made.update(teachers=[], agreement_teachers=compared, terms=made["terms"][:1])
+        identity = {name: compared[0][name] for name in ("name", "is_hub_id", "revision", "license")}
+        made["student"]["start"] = {**made["student"]["start"], **identity}
+        del made["student"]["start"]["teacher"]
+
+    metadata = edited(folder, without_teachers)
+    metrics = {"validation": {"accuracy": 0.8, "teacher_agreement": 0.9}}
+    rows = [{**row, "metrics": metrics} for row in read_rows(folder) if row["role"] == "baseline"]
+    text = rewrite(folder, rows=rows)
+    assert "distillation" not in metadata["tags"] and metadata["base_model"] == "acme/bert-sst2"
+    assert "trained with hf_kd on labels alone" in text and "distilled from" not in text
+    assert "teaches" not in text and "teach\n" not in text and "answers" not in section(text, "Limits and biases")
+    name = "[acme/bert-sst2](https://huggingface.co/acme/bert-sst2)"
+    assert f"It started as a copy of layers 2 and 4 of the 4 of {name}, with" in text
+    assert f"Agrees with {name}, which did not teach it, in 90.0 % of predictions on `validation`" in text
+
+
+def test_a_student_of_hidden_states_alone(folder):
+    """It never saw an answer of its teachers, labelled or not."""
+    terms = [{"name": "hidden_loss", "kind": "hidden", "type": "mse", "weight": 1.0, "teacher": 0}]
+    edited(folder, lambda made: made.update(terms=terms))
+    text = section((folder / "README.md").read_text(), "Limits and biases")
+    assert "It learned from the teachers' hidden states, errors and biases included" in text and "answers" not in text
+
+
+def test_what_is_said_only_where_it_is_so(folder):
+    """Sentences that hold for one problem, or one size of data, would stand in the card of another."""
+    error = "one standard error of its accuracy"
+    assert error in (folder / "README.md").read_text()
+    edited(folder, lambda made: made.update(problem="token_classification"))
+    assert error not in (folder / "README.md").read_text()
+    for limit, is_said in ((24, True), (25, False)):
+        edited(folder, lambda made, limit=limit: made["data"].update(max_train_rows=limit))
+        assert ("drawn at random" in (folder / "README.md").read_text()) == is_said
+    edited(folder, lambda made: made["data"].pop("max_length"))
+    text = published(folder)
+    assert "not part of training" not in text and "checked on texts of up to 80 tokens" in text
+    for precision, words in (
+        ("float32", "- float32, seed"),
+        ("bf16", "- Mixed precision, bf16, seed"),
+        ("bfloat16", "- Weights and computation in bfloat16, seed"),
+    ):
+        edited(folder, lambda made, precision=precision: made["training"].update(precision=precision))
+        assert words in (folder / "README.md").read_text()
+
+
+def test_files_of_an_earlier_student(folder):
+    """The card would show the picture of the student before, and vouch for its ONNX file."""
+    published(folder)
+    report = folder / "onnx" / "export_report.json"
+    report.write_text(json.dumps(EXPORT))
+    results = read_results(folder / "results.json")
+    del results["export"], results["benchmark"]
+    write_results(folder / "results.json", **results)
+    text = write_model_card(folder).read_text()
+    assert "## ONNX files" in text and "pareto.png" not in text  # exported after it was saved
+    os.utime(report, (1, 1))
+    text = write_model_card(folder).read_text()
+    assert not any(
+        words in text for words in ("## ONNX files", "ONNX Runtime", "logits are within", "transformers.js")
+    )
+
+
+def test_no_command_line(folder):
+    """It would bear the folders of the user's machine."""
+    run_facts = {**RUN, "command": "python train.py --train_file ../../home/me/data.csv"}
+    path = folder / "results.json"
+    write_results(path, **{**read_results(path), "run": run_facts, "training_run": run_facts})
+    text = write_model_card(folder).read_text()
+    assert "train.py" not in text and "home/me" not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "forms"),
+    [
+        ("logit", LogitLossType),
+        ("hidden", HiddenLossType),
+        ("attention", AttentionLossType),
+        ("relation", RelationLossType),
+    ],
+)
+def test_every_form_has_its_paper(kind, forms):
+    """The card of a new form would credit nobody."""
+    missing = {form for form in get_args(forms) if f"{kind}:{form}" not in PAPERS}
+    assert missing == ({"cosine"} if kind == "attention" else set())  # that one is of no paper
+
+
 # Snippets
 
 
@@ -494,7 +600,7 @@ def snippets(text, language):
 
 
 def model_id_of(snippet):
-    return re.search(r"""(?:['"][\w-]+['"], |from_pretrained\()("(?:[^"\\]|\\.)*")""", snippet)[1]
+    return re.search(r"""(?:['"][\w-]+['"], |from_pretrained\(\s*)("(?:[^"\\]|\\.)*")""", snippet)[1]
 
 
 @pytest.fixture(scope="session")
