@@ -100,6 +100,13 @@ def export_and_measure(
             results_file.with_name(name).unlink(missing_ok=True)
         write_card(results_file.parent, training)
         return
+    write_results(results_file, **training, export=report)  # a benchmark that breaks off leaves the export
+    write_card(results_file.parent, training)
+    print(
+        "Measuring each variant in processes of its own, which takes minutes (less with fewer --benchmark_rounds, "
+        "--benchmark_seconds or --benchmark_lengths).",
+        flush=True,
+    )
     rows = measure(export_args, data_args, data, task)
     write_results(results_file, **training, export=report, benchmark=rows)
     print(format_benchmark(rows))

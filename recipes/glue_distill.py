@@ -322,6 +322,8 @@ def describe_data(data_args: DataArguments, task: TextTask, data: DatasetDict, n
         found |= {"is_generated": True, "language": "en"}
     if data_args.max_train_samples is not None:
         found["max_train_rows"] = data_args.max_train_samples
+    if data_args.max_eval_samples is not None:
+        found["max_evaluation_rows"] = data_args.max_eval_samples
     if data_args.augment:
         found["augmented_rows"] = len(data["train"]) - num_before
         found["augment"] = {"variants": data_args.augment}

@@ -103,11 +103,17 @@ def main() -> None:
                 "--target_retention, or take another teacher."
             )
         run_trials(study, space, search, args.seed, students, train_student)
-        report_choice(output_dir, study, space, ruler, rows, fixed)
+        report_choice(output_dir, study, space, ruler, rows, fixed, model_args.teacher_model_name_or_path)
 
 
 def report_choice(
-    output_dir: Path, study: optuna.Study, space: Space, ruler: Ruler, rows: dict[str, str], fixed: dict[str, Any]
+    output_dir: Path,
+    study: optuna.Study,
+    space: Space,
+    ruler: Ruler,
+    rows: dict[str, str],
+    fixed: dict[str, Any],
+    teachers: list[str],
 ) -> None:
     """Choose a student, measure it on the rows that had no say in it, and write all of it down."""
     search, task, teacher = space.search, ruler.task, study.user_attrs["teacher"]
@@ -126,7 +132,8 @@ def report_choice(
     latencies = study.user_attrs["latencies"]
     if busy := [name for name, cell in latencies.items() if cell["cpu_share"] < MIN_CPU_SHARE]:
         message += (
-            f" Other programs slowed {'; '.join(busy)}: these latencies are too high; search again on an idle core."
+            f" {len(busy)} of {len(latencies)} latencies are too high, because other programs had the core; search "
+            "again in a new folder, on an idle core."
         )
     found = {
         "task": task.name,
@@ -145,7 +152,11 @@ def report_choice(
     write_config(output_dir / "chosen.yaml", {**fixed, **chosen["arguments"], "export_onnx": True}, found)
     draw_search(output_dir / "pareto.png", points, found)
     print(format_points(points, found))
-    print(f"{message}\nIt is {folder}; {output_dir / 'chosen.yaml'} trains it again.")
+    print(f"{message}\nIt is {folder}. To train it again, with a model card:")
+    print(
+        f"accelerate launch recipes/glue_distill.py {output_dir / 'chosen.yaml'} --teacher_model_name_or_path "
+        f"{' '.join(teachers)} --output_dir STUDENT"
+    )
 
 
 # Before the first student

@@ -46,7 +46,7 @@ def choose(
         found = {}
         if target_retention is not None and point["metric"] < (asked := target_retention * teacher_metric):
             kept = point["metric"] / teacher_metric
-            text = f"it keeps {kept:.1%}, {100 * (target_retention - kept):.2f} points short of {target_retention:.1%}"
+            text = f"it keeps {kept:.1%}, {100 * (target_retention - kept):.2f} % of the teacher too little"
             found[text] = 1 - point["metric"] / asked
         if max_latency_ms is not None and point["latency_ms"] > max_latency_ms:
             over = point["latency_ms"] - max_latency_ms
@@ -60,20 +60,19 @@ def choose(
     def metric_first(point: Point) -> tuple[float, ...]:
         return -point["metric"], point["latency_ms"], point["size_bytes"]
 
-    asked = [f"a share of {target_retention:.1%} of the teacher"] if target_retention is not None else []
-    asked += [f"{max_latency_ms:g} ms"] if max_latency_ms is not None else []
+    asked = [f"keeps {target_retention:.1%} of the teacher"] if target_retention is not None else []
+    asked += [f"answers within {max_latency_ms:g} ms"] if max_latency_ms is not None else []
     within = [point for point in points if not misses(point)]
     if not within:
         closest = min(points, key=lambda point: (max(misses(point).values()), *size_first(point)))
         return closest, (
-            f"NO STUDENT MEETS {' and '.join(asked)}. {name_of(closest)} comes closest: "
-            f"{', and '.join(misses(closest))}."
+            f"NO STUDENT {' and '.join(asked)}. {name_of(closest)} comes closest: {', and '.join(misses(closest))}."
         )
     best = min(within, key=metric_first if target_retention is None else size_first)
     kept = f", {best['metric'] / teacher_metric:.1%} of the teacher's" if teacher_metric > 0 else ""
     return best, (
         f"{name_of(best)} is the {'best' if target_retention is None else 'smallest'} of {len(points)} points"
-        f"{' within ' + ' and '.join(asked) if asked else ''}: {metric_name} {100 * best['metric']:.2f}{kept}, "
+        f"{' that ' + ' and '.join(asked) if asked else ''}: {metric_name} {100 * best['metric']:.2f}{kept}, "
         f"{best['latency_ms']:.2f} ms, {best['size_bytes'] / 1e6:.1f} MB."
     )
 
@@ -161,7 +160,7 @@ def draw_search(path: Path, points: Sequence[Point], found: dict[str, Any]) -> N
         axes.axhline(100 * flags["target_retention"] * teacher["metric"], **budget)
     low = sum(metric < axes.get_ylim()[0] for _, metric in others)
     note = "Dots: students that another beats" + (f", {low} of them below the picture" if low else "")
-    note += ". Dotted: what was asked for. Ring: chosen."
+    note += ". Dotted: what was asked for. Ring: chosen, or closest to it."
     axes.text(0, -0.17, note, fontsize=8, color="0.3", transform=axes.transAxes)
     figure.savefig(unfinished, format="png", bbox_inches="tight")
     unfinished.replace(path)

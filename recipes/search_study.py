@@ -74,6 +74,8 @@ def run_trials(
     end = time.monotonic() + 60 * (search.timeout_minutes or math.inf)
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
+    if done := num_students(study):
+        print(f"{done} of {search.num_trials} students are there already.", flush=True)
     first = [space.center(depth, width) for depth, width in itertools.product(space.depths, space.widths)]
     while True:
         add_other_precisions(study)
@@ -110,7 +112,7 @@ def run_trials(
             study.tell(trial, values_of(measured[trial.params["precision"]]))
             parts = [f"{name} {100 * p['metric']:.2f} in {p['latency_ms']:.2f} ms" for name, p in measured.items()]
             values = ", ".join(parts)
-        print(f"student {number} of {search.num_trials}: {values}; {arguments}", flush=True)
+        print(f"student {number}, {number + 1} of {search.num_trials}: {values}; {arguments}", flush=True)
 
 
 def num_students(study: optuna.Study) -> int:

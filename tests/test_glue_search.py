@@ -123,8 +123,8 @@ def test_other_targets_choose_among_the_students_that_are_there(searched, folder
     before = len(read_results(out / "results.json")["search"]["trials"])
     targets = ["--target_retention", "1.9", "--max_latency_ms", "1000", "--num_trials", "1"]
     run(monkeypatch, "glue_search", *flags(folder), *targets)
-    assert "NO STUDENT MEETS a share of 190.0% of the teacher and 1000 ms." in capsys.readouterr().out
-    assert "NO STUDENT MEETS" in (out / "chosen.yaml").read_text()
+    assert "NO STUDENT keeps 190.0% of the teacher and answers within 1000 ms." in capsys.readouterr().out
+    assert "NO STUDENT keeps" in (out / "chosen.yaml").read_text()
     assert len(read_results(out / "results.json")["search"]["trials"]) == before
 
 
@@ -226,8 +226,8 @@ def test_says_what_comes_closest():
     chosen, message = choose(POINTS, 0.90, target_retention=0.97, max_latency_ms=2)
     assert chosen["student"] == 2 and chosen in front(POINTS)
     assert message == (
-        "NO STUDENT MEETS a share of 97.0% of the teacher and 2 ms. student 2 (2 layers, fp32) comes closest: it "
-        "keeps 96.7%, 0.33 points short of 97.0%."
+        "NO STUDENT keeps 97.0% of the teacher and answers within 2 ms. student 2 (2 layers, fp32) comes closest: it "
+        "keeps 96.7%, 0.33 % of the teacher too little."
     )
     chosen, message = choose(POINTS, 0.90, max_latency_ms=0.5)
     assert chosen["student"] == 3 and message.endswith("it takes 1.00 ms, 0.50 ms more than 0.5.")

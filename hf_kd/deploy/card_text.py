@@ -170,8 +170,8 @@ def compare_with_baseline(rows: Sequence[Facts], comparisons: Sequence[Facts], t
         if ours and baseline:
             points = sum(ours) / len(ours) - sum(baseline) / len(baseline)
             sentences.append(
-                f"Against the same student without distillation: {points:+.2f} points; whether that is chance was not "
-                "tested."
+                f"Against the same student without distillation: {points:+.2f} points; no test was run of whether "
+                "that is chance."
             )
     return " ".join(sentences)
 
@@ -250,7 +250,7 @@ def describe_teachers(teachers: Sequence[Facts]) -> str:
         facts += [f"commit {code(teacher['revision'])}" if teacher.get("revision") else ""]
         facts += [f"licence {plain(licence_of(teacher))}" if licence_of(teacher) else "licence not known"]
         kind = code(teacher["architecture"])
-        name = f"Teacher {number}: " if len(teachers) > 1 else ""
+        name = f"Teacher {number}: " if len(teachers) > 1 else "Teacher: "
         lines.append(f"{name}{link(teacher)}, {kind}, " + ", ".join(fact for fact in facts if fact))
     return bullets(lines)
 
@@ -384,7 +384,7 @@ def describe_data(data: Facts, terms: Sequence[Facts], num_teachers: int) -> str
         lines.append(count(data["rows"], "training row"))
     limit = data.get("max_train_rows")
     if limit and data.get("labeled_rows", data.get("rows") or 0) >= limit:  # else there were not as many
-        lines[-1] += f" (limited to {limit:,}, drawn at random)"
+        lines[-1] += ", drawn at random from a larger set"
     if unlabeled is not None and unlabeled > augmented:
         source = f" from {code(files['unlabeled'])}" if files.get("unlabeled") else ""
         lines.append(f"{count(unlabeled - augmented, 'row')} without a label{source}{teachers}")
@@ -407,11 +407,12 @@ def describe_training(training: Facts, row: Facts | None) -> str:
         return ""
     steps, planned = training["steps"], training.get("planned_steps") or training["steps"]
     done = count(steps, "step") if steps >= planned else f"{steps:,} of {planned:,} planned steps"
-    epochs = f" ({training['epochs']:g} epochs)" if training.get("epochs") is not None else ""
+    epochs = training.get("epochs")
+    epochs = f" ({epochs:g} epoch{'' if epochs == 1 else 's'})" if epochs is not None else ""
     batches, processes = training.get("gradient_accumulation_steps", 1), training["processes"]
     together = f", on {processes} processes" if processes > 1 else ""
     together += f", accumulated over {batches} batches" if batches > 1 else ""
-    lines = [f"{done}{epochs} of {count(training['batch_size'], 'row')}{together}"]
+    lines = [f"{done} of {count(training['batch_size'], 'row')}{together}{epochs}"]
     if resumed := training.get("resumed_at_steps"):
         which = f"steps {listed(map(str, resumed))}" if len(resumed) > 1 else f"step {resumed[0]}"
         checkpoint = "checkpoints" if len(resumed) > 1 else "the checkpoint"

@@ -299,7 +299,8 @@ class StudentCard:
         if name is None:
             name = f"GLUE {GLUE_TEXTS[task][0]}" if task in GLUE_TEXTS and dataset == "nyu-mll/glue" else dataset
         task_type = self.given.get("pipeline_tag") or self.pipeline_tag
-        if task_type is None:
+        is_limited = self.data.get("max_evaluation_rows") in self.data.get("evaluation_rows", {}).values()
+        if task_type is None or is_limited:  # a leaderboard would take a part for the whole split
             return []
         has_config = "dataset_config" in self.given or dataset == self.data.get("dataset")
         return [
