@@ -25,6 +25,7 @@ from glue_setup import (
     labeled,
     load_data,
     measured_splits,
+    open_hub_repository,
     result_row,
     save_predictions,
     tokenize_data,
@@ -49,7 +50,7 @@ from hf_kd import (
 )
 from hf_kd.checkpoint import check_revision
 from hf_kd.command_line import parse_args
-from hf_kd.deploy.hub import open_repository, push_student
+from hf_kd.deploy.hub import push_student
 from hf_kd.deploy.model_card import card_problems_warn, write_model_card
 from hf_kd.distributed import end_training
 from hf_kd.glue import GLUE_TASKS, TextTask, compute_metrics_fn
@@ -275,15 +276,6 @@ def main() -> None:
     if repo_id is not None and is_main_process:
         commit = push_student(args.output_dir, repo_id, token=args.hub_token, revision=args.hub_revision)
         print(f"The student is on the Hub: {commit.commit_url}")
-
-
-def open_hub_repository(args: DistillationTrainingArguments) -> str | None:
-    """Hours before it is needed, the repository of `--push_to_hub`: on the main process, which is the one that
-    pushes."""
-    if not args.push_to_hub or args.process_index > 0:
-        return None
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    return open_repository(name, private=args.hub_private_repo, token=args.hub_token)
 
 
 def check_export_is_installed() -> None:

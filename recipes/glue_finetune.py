@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glue_distill import open_hub_repository
 from glue_setup import (
     DataArguments,
     checkpoint_to_resume,
@@ -22,6 +21,7 @@ from glue_setup import (
     labeled,
     load_data,
     measured_splits,
+    open_hub_repository,
     result_row,
     tokenize_data,
     training_defaults,

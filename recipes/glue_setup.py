@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_kd.augmentation import augment
 from hf_kd.compat import hardware_defaults, length_grouping
 from hf_kd.demo_task import generate_demo_task
+from hf_kd.deploy.hub import open_repository
 from hf_kd.glue import (
     GLUE_TASKS,
     UNLABELED,
@@ -164,6 +165,15 @@ def add_augmented(
     if training_args.process_index == 0:
         print(f"--augment {args.augment}: {len(variants)} variants of {len(rows)} labelled training rows.")
     return DatasetDict({**data, "train": concatenate_datasets([data["train"], variants])})
+
+
+def open_hub_repository(args: TrainingArguments) -> str | None:
+    """Hours before it is needed, the repository of `--push_to_hub`: on the main process, which is the one that
+    pushes."""
+    if not args.push_to_hub or args.process_index > 0:
+        return None
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    return open_repository(name, private=args.hub_private_repo, token=args.hub_token)
 
 
 def checkpoint_to_resume(args: TrainingArguments, folder: str | Path) -> str | None:
