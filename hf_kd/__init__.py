@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         Schedule,
         TaskTerm,
     )
+    from .signals.cache import cache_teacher_signals
     from .signals.collator import DistillationCollator
     from .signals.teacher import load_teacher
     from .student import student_from_teacher
@@ -36,11 +37,13 @@ __all__ = [
     "RelationTerm",
     "Schedule",
     "TaskTerm",
+    "cache_teacher_signals",
     "load_teacher",
     "student_from_teacher",
 ]
 
 _MODULES = {
+    "cache_teacher_signals": "signals.cache",
     "DistillationCollator": "signals.collator",
     "DistillationTrainer": "trainer",
     "DistillationTrainingArguments": "training_args",

@@ -18,7 +18,10 @@ from .objective import DistillationObjective, LogitTerm, TaskTerm
 from .publishing import PublishingTrainer
 from .resumption import ResumeNotes
 from .signals import Capture, ItemCounts, Signals, Teacher, TeacherEnsemble, count_items, labels_of, problem_of
+from .signals.cached_teacher import AnyTeacher, join_teachers, teachers_of_columns
 from .signals.capture import columns_for, forward_columns
+from .signals.columns import SignalsCollator, TokenLengths, is_signal_column, with_fast_format
+from .signals.problem import SEQUENCE_PROBLEMS
 from .signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer
 from .training_args import DistillationTrainingArguments
 
@@ -42,7 +45,9 @@ class DistillationTrainer(PublishingTrainer):
         args ([`DistillationTrainingArguments`] or [`~transformers.TrainingArguments`], *optional*):
             Plain training arguments get the distillation's defaults.
         teacher_model ([`~transformers.PreTrainedModel`] or `str`, or a list of them, *optional*):
-            The teacher, or the folder or Hub id of one; a list for several. Needed unless the task term alone is on.
+            The teacher, or the folder or Hub id of one; a list for several. Needed unless the task term alone is on,
+            or `train_dataset` carries the teacher's signals, see [`cache_teacher_signals`]; with both, columns are
+            read and the teacher runs for what they lack.
             Another revision, or a token that is not the one you are logged in with, is
             `teacher_model=load_teacher("org/name", revision="v2", token=...)`, see [`load_teacher`].
         objective ([`DistillationObjective`], *optional*): The terms; by default those that `args` describes.
@@ -79,7 +84,10 @@ class DistillationTrainer(PublishingTrainer):
         self._given_objective = objective
         given = teacher_model if isinstance(teacher_model, list | tuple) else [teacher_model]
         self._given_teachers = [teacher for teacher in given if teacher is not None]
-        self.teacher: Teacher | TeacherEnsemble | None = None
+        self.teacher: AnyTeacher | TeacherEnsemble | None = None
+        if any(map(_has_signal_columns, [self.train_dataset, *self._eval_datasets()])):
+            has_token_logits = problem_of(self.model) not in SEQUENCE_PROBLEMS
+            self.data_collator = SignalsCollator(self.data_collator, has_token_logits=has_token_logits)
         self._set_up_distillation()
         self.add_callback(_ProjectionCallback(self))
         self.add_callback(ResumeNotes())
@@ -96,9 +104,11 @@ class DistillationTrainer(PublishingTrainer):
         reads_own_tokens = getattr(self.data_collator, "teacher_tokenizer", None) is not None
         self.problem = problem_of(self.model)
         needs_teacher = objective.needs_teacher or self.args.eval_teacher_agreement
-        if self.teacher is None and needs_teacher and self._given_teachers:
-            teachers = [self._load_teacher(teacher, reads_own_tokens) for teacher in self._given_teachers]
-            self.teacher = teachers[0] if len(teachers) == 1 else TeacherEnsemble(teachers)
+        if self.teacher is None and needs_teacher:
+            labels = self.args.teacher_labels
+            cached = teachers_of_columns(self.train_dataset, self.model.config, self.problem, labels)
+            run = [self._load_teacher(teacher, reads_own_tokens) for teacher in self._given_teachers]
+            self.teacher = join_teachers(cached, run)
         objective.bind(
             self.model.config,
             self.teacher and self.teacher.config,
@@ -109,6 +119,8 @@ class DistillationTrainer(PublishingTrainer):
         self.teacher_agreement = self._make_teacher_agreement(not reads_own_tokens)
         if self.teacher is not None:
             self.teacher.watch(objective.teacher_wanted)  # type: ignore[arg-type]
+            self._check_agreement_rows()
+        self._freeze_embeddings()
         self.student_columns = forward_columns(self.model)
         self.capture = Capture(self.model, objective.student_wanted)
         self._check_gradient_checkpointing()
@@ -138,6 +150,15 @@ class DistillationTrainer(PublishingTrainer):
         if self.teacher is not None:
             texts = getattr(self.data_collator, "text_columns", ())
             self._signature_columns = sorted({*self._signature_columns, *self.teacher.columns, *texts})
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_dataloader(with_fast_format(dataset), *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(_without_signals(self.train_dataset if train_dataset is None else train_dataset))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return super()._get_eval_sampler(_without_signals(eval_dataset))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -336,6 +357,26 @@ class DistillationTrainer(PublishingTrainer):
             reads_own_tokens=reads_own_tokens,
         )
 
+    def _freeze_embeddings(self) -> None:
+        if self.args.freeze_embeddings:
+            model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # PEFT
+            model.base_model.embeddings.requires_grad_(False)
+
+    def _eval_datasets(self) -> list[Any]:
+        if self.eval_dataset is None:
+            return []
+        return list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+
+    def _check_agreement_rows(self) -> None:
+        """At the end of the first epoch it would be late to find that there is nothing to compare with."""
+        if not self.args.eval_teacher_agreement or self._given_teachers:
+            return
+        if not all(map(_has_signal_columns, self._eval_datasets())):
+            raise ValueError(
+                "eval_teacher_agreement=True compares with the teacher on the evaluation rows, which carry no signals "
+                "of it; cache these too (cache_teacher_signals), or pass teacher_model=."
+            )
+
     def _check_gradient_checkpointing(self) -> None:
         wants_attention = self.distillation_objective.needs_attention
         if wants_attention and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -344,6 +385,15 @@ class DistillationTrainer(PublishingTrainer):
                 "values, so the attention and relation terms would train nothing; set "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
+
+
+def _has_signal_columns(dataset: Any) -> bool:
+    return any(map(is_signal_column, getattr(dataset, "column_names", None) or ()))
+
+
+def _without_signals(dataset: Any) -> Any:
+    """What a sampler is given: to group by length it would read the cached columns of every row."""
+    return TokenLengths(dataset) if _has_signal_columns(dataset) and "input_ids" in dataset.column_names else dataset
 
 
 class _ProjectionCallback(TrainerCallback):

@@ -86,6 +86,10 @@ class DistillationTrainingArguments(TrainingArguments):
             `"probabilities"` or over `"logits"`.
         teacher_dtype (`str`, *optional*): Dtype the teacher runs in; by default the one it is loaded in, under the
             run's autocast.
+        teacher_labels (`list[str]`, *optional*): Names of the classes of `teacher_logits` and `teacher_probs` in their
+            order, where these columns of the dataset are lists that do not come from [`cache_teacher_signals`].
+        freeze_embeddings (`bool`, *optional*, defaults to `False`): Whether the student's embeddings keep the weights
+            they start with: a third of a small student's step on a CPU goes into that table.
         eval_teacher_agreement (`bool`, *optional*, defaults to `False`): Whether evaluation and prediction also run
             the teacher, and report `eval_teacher_agreement` and `eval_teacher_kl`, or for regression
             `eval_teacher_mse`; see [`TeacherAgreement`].
@@ -200,6 +204,23 @@ class DistillationTrainingArguments(TrainingArguments):
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None,
         metadata={"help": "Dtype the teacher runs in. Default: the one it is loaded in, under the run's autocast."},
+    )
+
+    teacher_labels: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the classes of the columns teacher_logits and teacher_probs, in their order, where these "
+            "are lists of numbers from elsewhere."
+        },
+    )
+
+    # The student
+    freeze_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the student's blocks and head alone. Steps get faster; for students that start from the "
+            "teacher's embeddings, or others that are trained."
+        },
     )
 
     # Evaluation

@@ -200,6 +200,17 @@ def _readable_family(config: Any) -> SplitFamily | FusedFamily | None:
     return family if isinstance(family, SplitFamily) else None
 
 
+def attention_reach(config: Any, wanted: Wanted) -> dict[int, int]:
+    """How many tokens to either side the wanted layers look, of those that do not look everywhere."""
+    if not isinstance(FAMILIES.get(config.model_type), FusedFamily):
+        return {}
+    return {
+        layer: config.sliding_window
+        for layer in wanted.attention | wanted.values
+        if config.layer_types[layer - 1] == "sliding_attention"
+    }
+
+
 def forward_columns(model: nn.Module) -> set[str] | None:
     """Names of the arguments that a model's `forward` declares; `None` if it takes anything."""
     parameters = inspect.signature(_without_peft(model).forward).parameters
@@ -330,7 +341,7 @@ class Capture:
             queries=queries,
             keys=keys,
             values=values,
-            attention_reach=self._attention_reach(),
+            attention_reach=attention_reach(self._config, self.wanted),
         )
 
     def _read_output(self, kind: str, module: nn.Module, layers: list[int], wanted: AbstractSet[int]) -> None:
@@ -379,15 +390,6 @@ class Capture:
             if layer in self.wanted.values:
                 values[layer] = value
         return [queries, keys, values]
-
-    def _attention_reach(self) -> dict[int, int]:
-        if not isinstance(self._family, FusedFamily):
-            return {}
-        return {
-            layer: self._config.sliding_window
-            for layer in self.wanted.attention | self.wanted.values
-            if self._config.layer_types[layer - 1] == "sliding_attention"
-        }
 
     def _require_gradient(self, recorded: dict[str, dict[int, Any]]) -> None:
         """Reentrant gradient checkpointing runs the blocks without a graph: the loss would train nothing of them."""

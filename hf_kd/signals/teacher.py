@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,7 +60,9 @@ class Teacher:
         if not reads_own_tokens:
             check_vocabulary(student_config, model.config)
         order = label_order(student_config, model.config) if has_classes(problem_of(model)) else None
+        self._weights: str | None = None
         if dtype is not None and model.dtype != DTYPES[dtype]:
+            self._weights = weights_hash(model)  # of what was given, which the copy is not
             # A copy: the caller's model keeps its weights as they are.
             model = copy.deepcopy(model).to(DTYPES[dtype])
         self.model = model.eval().requires_grad_(False)
@@ -80,6 +83,12 @@ class Teacher:
         """Names of the columns of a batch that it reads."""
         prefix = OWN_PREFIX if self.reads_own_tokens else ""
         return {f"{prefix}{name}" for name in self._forward_columns or ()}
+
+    @property
+    def weights(self) -> str:
+        """The [`weights_hash`] of the model it was given."""
+        self._weights = self._weights or weights_hash(self.model)
+        return self._weights
 
     def watch(self, wanted: Wanted) -> None:
         """Read these intermediate signals besides the logits from now on."""
@@ -129,10 +138,10 @@ class TeacherEnsemble:
     """Several teachers of one student.
 
     Args:
-        teachers (sequence of [`Teacher`]): At least one.
+        teachers (sequence of [`Teacher`], or of what reads cached signals): At least one.
     """
 
-    def __init__(self, teachers: Sequence[Teacher]):
+    def __init__(self, teachers: Sequence[Any]):
         self.teachers = list(teachers)
 
     @property
@@ -154,6 +163,15 @@ class TeacherEnsemble:
     def __call__(self, inputs: Mapping[str, Any]) -> list[Signals]:
         """Run each teacher on a batch."""
         return [teacher(inputs) for teacher in self.teachers]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of all weights, their names and dtypes, wherever they are: 32 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
 
 
 def load_teacher(

@@ -1,0 +1,135 @@
+"""A folder of Arrow files that several processes write, each file complete or made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..results import write_whole
+
+
+_DESCRIPTION = "cache.json"
+
+
+class ShardFolder:
+    """Shards of one table, and what they were made from.
+
+    A shard counts when its note is there, which is written last and holds the hash of the file.
+
+    Args:
+        folder (`Path`): Made by [`open`] where it is missing.
+        num_shards (`int`): How many files the table has.
+    """
+
+    def __init__(self, folder: Path, num_shards: int):
+        self.folder, self.num_shards = folder, num_shards
+
+    def open(self, fingerprint: dict[str, Any]) -> None:
+        """Make the folder, or check it; on one process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / _DESCRIPTION).is_file():
+            foreign = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("teacher_"))
+            if foreign:
+                raise ValueError(
+                    f"{self.folder} holds {', '.join(foreign[:3])} and no {_DESCRIPTION}, so it is no cache; give an "
+                    "empty folder."
+                )
+            self.describe(fingerprint, {})
+        self.check(fingerprint)
+
+    def check(self, fingerprint: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: If the folder was made from something else, with what differs.
+        """
+        path = self.folder / _DESCRIPTION
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+        except (OSError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); is the folder seen by all processes?") from None
+        different = [name for name in fingerprint if found.get(name) != fingerprint[name]]
+        if different:
+            pairs = "; ".join(f"{name}: {found.get(name)} there, {fingerprint[name]} now" for name in different)
+            raise ValueError(
+                f"{self.folder} holds signals that were made from something else ({pairs}). Give another folder, or "
+                "delete this one."
+            )
+
+    def describe(self, fingerprint: dict[str, Any], more: dict[str, Any]) -> None:
+        """Write what the shards were made from."""
+        write_whole(self.folder / _DESCRIPTION, json.dumps({"fingerprint": fingerprint, **more}, indent=2) + "\n")
+
+    def is_complete(self, index: int) -> bool:
+        """Whether a shard is there as it was written; reads all of it."""
+        note = self._note(index)
+        return bool(note) and self._path(index).is_file() and file_hash(self._path(index)) == note["hash"]
+
+    def write(self, index: int, table: Any, features: Any, note: dict[str, Any]) -> None:
+        """Write a shard beside its name, then rename it, then note it."""
+        from datasets.arrow_writer import ArrowWriter
+
+        path = self._path(index)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with ArrowWriter(path=str(temporary), features=features) as writer:
+                writer.write_table(table)
+                writer.finalize()
+            found = {**note, "rows": table.num_rows, "bytes": temporary.stat().st_size, "hash": file_hash(temporary)}
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        write_whole(path.with_suffix(".json"), json.dumps(found) + "\n")
+
+    def load(self, features: Any) -> Any:
+        """All shards as one memory-mapped dataset.
+
+        Raises:
+            ValueError: If one is missing.
+        """
+        import datasets
+
+        missing = [self._path(index).name for index in range(self.num_shards) if not self._note(index)]
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks {', '.join(missing[:3])} after all processes have written; give a folder that "
+                "every machine sees."
+            )
+        if self.num_shards == 0:
+            return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+        return datasets.concatenate_datasets(
+            [datasets.Dataset.from_file(str(self._path(index))) for index in range(self.num_shards)]
+        )
+
+    def notes(self) -> list[dict[str, Any]]:
+        return [self._note(index) for index in range(self.num_shards)]
+
+    def bytes_on_disk(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob("shard-*.arrow"))
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"shard-{index:05d}-of-{self.num_shards:05d}.arrow"
+
+    def _note(self, index: int) -> dict[str, Any]:
+        """What was noted of a shard; nothing for a torn note, as for none."""
+        try:
+            note = json.loads(self._path(index).with_suffix(".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return note if isinstance(note, dict) and {"hash", "bytes"} <= note.keys() else {}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while piece := file.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()
