@@ -17,7 +17,17 @@ from .agreement import TeacherAgreement
 from .objective import DistillationObjective, LogitTerm, TaskTerm
 from .publishing import PublishingTrainer
 from .resumption import ResumeNotes
-from .signals import Capture, ItemCounts, Signals, Teacher, TeacherEnsemble, count_items, labels_of, problem_of
+from .signals import (
+    Capture,
+    ItemCounts,
+    Signals,
+    Teacher,
+    TeacherEnsemble,
+    Wanted,
+    count_items,
+    labels_of,
+    problem_of,
+)
 from .signals.cached_teacher import AnyTeacher, join_teachers, teachers_of_columns
 from .signals.capture import columns_for, forward_columns
 from .signals.columns import SignalsCollator, TokenLengths, is_signal_column, with_fast_format
@@ -27,6 +37,7 @@ from .training_args import DistillationTrainingArguments
 
 
 PROJECTION_NAME = "projection.safetensors"
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TeacherModel: TypeAlias = PreTrainedModel | str | os.PathLike
 
 
@@ -124,6 +135,7 @@ class DistillationTrainer(PublishingTrainer):
         self.student_columns = forward_columns(self.model)
         self.capture = Capture(self.model, objective.student_wanted)
         self._check_gradient_checkpointing()
+        self._compile_teachers()
         self._prepare_projections()
         self._term_sums: dict[str, Tensor] = {}
         self._steps_in_sums: dict[str, set[int]] = {}
@@ -355,12 +367,14 @@ class DistillationTrainer(PublishingTrainer):
             dtype=self.args.teacher_dtype,
             device=self.args.device,
             reads_own_tokens=reads_own_tokens,
+            autocast_dtype=_AUTOCAST.get(self.accelerator.mixed_precision),
         )
 
     def _freeze_embeddings(self) -> None:
         if self.args.freeze_embeddings:
             model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # PEFT
-            model.base_model.embeddings.requires_grad_(False)
+            embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
+            embeddings.requires_grad_(False)
 
     def _eval_datasets(self) -> list[Any]:
         if self.eval_dataset is None:
@@ -376,6 +390,21 @@ class DistillationTrainer(PublishingTrainer):
                 "eval_teacher_agreement=True compares with the teacher on the evaluation rows, which carry no signals "
                 "of it; cache these too (cache_teacher_signals), or pass teacher_model=."
             )
+
+    def _compile_teachers(self) -> None:
+        """As `Trainer` does with the student."""
+        if not self.args.torch_compile:
+            return
+        if self.distillation_objective.student_wanted != Wanted():
+            raise ValueError(
+                "torch_compile=True runs the forward without the hooks that read what is between the layers, so hidden, "
+                "attention and relation terms would compare nothing; set torch_compile=False, or the weights of these "
+                "terms to 0."
+            )
+        options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+        for teacher in getattr(self.teacher, "teachers", [self.teacher]):
+            if isinstance(teacher, Teacher):
+                teacher.compile(**options)
 
     def _check_gradient_checkpointing(self) -> None:
         wants_attention = self.distillation_objective.needs_attention

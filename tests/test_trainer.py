@@ -548,3 +548,38 @@ def test_masked_language_model_learns_layers_from_plain_text(collator, make_args
     data = make_dataset().remove_columns("labels")
     trainer, _ = train(student, make_model(seed=1, problem="masked_lm"), args, collator, data)
     assert not torch.equal(weights(trainer.model), weights(student))
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
+def test_frozen_embeddings_stay_and_the_rest_learns(family, collator, make_args):
+    """A table that moved a little would cost what freezing saves, and nothing would tell."""
+    student, teacher = make_model(family, seed=2, num_hidden_layers=2), make_model(family, seed=1)
+    trained, _ = train(student, teacher, make_args(freeze_embeddings=True, hidden_loss_weight=0.7), collator)
+    before, after = student.state_dict(), trained.model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any("embeddings." in name for name in moved)
+    assert {name for name in before if "embeddings." not in name and name.endswith("weight")} <= moved
+    free, _ = train(student, teacher, make_args(hidden_loss_weight=0.7), collator)
+    assert any("embeddings." in n for n, x in free.model.state_dict().items() if not torch.equal(before[n], x))
+
+
+def test_compiled_models_give_the_same_loss(student, teacher, collator, make_args):
+    """Compiled code that left out the teacher, or trained on something else, would be fast and wrong."""
+    torch.compiler.reset()
+    args = {"logit_loss_weight": 0.9, "task_loss_weight": 0.1, "max_steps": 2, **SGD}
+    _, expected = train(student, teacher, make_args(**args), collator)
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer, found = train(student, teacher, make_args(**args, **compiled), collator)
+    assert trainer.teacher._run is not trainer.teacher.model
+    torch.testing.assert_close(found.weights[-1], expected.weights[-1])
+    assert [log["logit_loss"] for log in found.logs if "loss" in log] == pytest.approx(
+        [log["logit_loss"] for log in expected.logs if "loss" in log], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("term", ["hidden", "attention", "relation"])
+def test_compiling_what_is_read_by_hooks_is_refused(student, teacher, collator, make_args, term):
+    """Compiled code runs without hooks: the terms would fail, or compare what an earlier batch left."""
+    args = make_args(torch_compile=True, torch_compile_backend="eager", **{f"{term}_loss_weight": 1.0})
+    with pytest.raises(ValueError, match=r"torch_compile=True runs the forward without the hooks"):
+        train(student, teacher, args, collator)

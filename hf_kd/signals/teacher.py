@@ -40,6 +40,9 @@ class Teacher:
             given.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`. By default the dtype it has, under the
             run's autocast.
+        autocast_dtype (`torch.dtype`, *optional*): That of the autocast it will run under, if it has no `dtype` of its
+            own: a copy with the weights of linear layers in this dtype gives the same numbers, and autocast does not
+            cast them anew in each forward, as it does with frozen weights.
         device (`torch.device`, *optional*): Where to put the teacher. By default it stays where it is.
         reads_own_tokens (`bool`, *optional*, defaults to `False`):
             Whether its inputs are the `teacher_` columns of the batch, see [`~hf_kd.DistillationCollator`].
@@ -55,6 +58,7 @@ class Teacher:
         dtype: str | None = None,
         device: torch.device | None = None,
         reads_own_tokens: bool = False,
+        autocast_dtype: torch.dtype | None = None,
     ):
         self.reads_own_tokens = reads_own_tokens
         if not reads_own_tokens:
@@ -65,11 +69,15 @@ class Teacher:
             self._weights = weights_hash(model)  # of what was given, which the copy is not
             # A copy: the caller's model keeps its weights as they are.
             model = copy.deepcopy(model).to(DTYPES[dtype])
+        elif dtype is None and autocast_dtype is not None and not getattr(model, "is_quantized", False):
+            self._weights = weights_hash(model)
+            model = _with_linear_layers_in(model, autocast_dtype)
         self.model = model.eval().requires_grad_(False)
         if device is not None and getattr(model, "hf_device_map", None) is None:
             self.model.to(device)
         self.label_order = None if order is None else torch.tensor(order, device=self.model.device)
         self._forward_columns = forward_columns(model)
+        self._run: Any = self.model
         self.capture = Capture(model, Wanted())
         self._runs_in_own_dtype = dtype is not None
 
@@ -93,6 +101,10 @@ class Teacher:
     def watch(self, wanted: Wanted) -> None:
         """Read these intermediate signals besides the logits from now on."""
         self.capture = Capture(self.model, wanted)
+
+    def compile(self, **options: Any) -> None:
+        """Run through `torch.compile` with these options from now on."""
+        self._run = torch.compile(self.model, **options)
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any]) -> Signals:
@@ -127,7 +139,7 @@ class Teacher:
             else contextlib.nullcontext()
         )
         with own_dtype, self.capture:
-            outputs = self.model(**inputs, **self.capture.forward_kwargs)
+            outputs = self._run(**inputs, **self.capture.forward_kwargs)
         signals = self.capture.signals(outputs, inputs)
         if self.label_order is not None:
             signals.logits = signals.logits[..., self.label_order]
@@ -163,6 +175,16 @@ class TeacherEnsemble:
     def __call__(self, inputs: Mapping[str, Any]) -> list[Signals]:
         """Run each teacher on a batch."""
         return [teacher(inputs) for teacher in self.teachers]
+
+
+def _with_linear_layers_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    model = copy.deepcopy(model)
+    # A decoder may share its weights with the embeddings, which autocast leaves as they are.
+    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if type(module) is nn.Linear and id(module.weight) not in shared:
+            module.to(dtype)
+    return model
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -171,3 +171,38 @@ def test_a_folder_teaches_like_the_model_in_it(make_args, tmp_path, teacher, col
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     assert not torch.equal(results[0], weights(make_model(seed=2, num_hidden_layers=2)))
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("problem", ["single_label_classification", "masked_lm"])
+@torch.no_grad()
+def test_weights_cast_once_give_what_autocast_gives(batch, family, problem):
+    """A masked language model's decoder shares its weights with the embeddings: cast too, they would round the
+    inputs, and the teacher would be another one than without the shortcut."""
+    model = make_model(family, problem=problem)
+    before = weights(model)
+    wanted = Wanted(hidden=frozenset({1, 4}), attention=frozenset({4}))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        signals = []
+        for autocast_dtype in (None, torch.bfloat16):
+            teacher = Teacher(model, model.config, autocast_dtype=autocast_dtype)
+            teacher.watch(wanted)
+            signals.append(teacher(batch))
+    expected, found = signals
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.hidden[1], expected.hidden[1]) and torch.equal(found.queries[4], expected.queries[4])
+    cast = [m for m in teacher.model.modules() if type(m) is torch.nn.Linear and m.weight.dtype == torch.bfloat16]
+    assert len(cast) >= 4 * 6  # every block's products, or nothing was saved
+    assert torch.equal(weights(model), before) and model.dtype == torch.float32  # the caller's
+
+
+@torch.no_grad()
+def test_weights_hash_tells_models_apart(tmp_path):
+    """A cache of one teacher would be read as that of another."""
+    model, other = make_model(seed=1), make_model(seed=2)
+    teacher = Teacher(model, model.config)
+    assert teacher.weights == Teacher(make_model(seed=1), model.config).weights != Teacher(other, model.config).weights
+    assert Teacher(model, model.config, dtype="bfloat16").weights == teacher.weights
+    assert Teacher(model, model.config, autocast_dtype=torch.bfloat16).weights == teacher.weights
+    model.classifier.bias[0] += 1e-6
+    assert Teacher(model, model.config).weights != teacher.weights
