@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .rows import READERS, Row, column_names, read_lines, read_rows, require_columns
+from .soft_labels import SoftLabels, check_soft_labels, is_soft_label_column, read_soft_labels
 
 
 logger = logging.get_logger(__name__)
@@ -230,9 +231,11 @@ def load_text_files(
     label_names: Sequence[str] | None = None,
 ) -> tuple[DatasetDict, TextTask]:
     """
-    Load labelled `.csv`, `.tsv` (both with a header line), `.json` or `.jsonl` files, and describe them as a task.
+    Load `.csv`, `.tsv` (both with a header line), `.json`, `.jsonl` or `.parquet` files, and describe them as a task.
 
-    Training rows without a label are kept with the label `UNLABELED`: a teacher can still teach on them.
+    Training rows without a label are kept with the label `UNLABELED`: a teacher can still teach on them. Soft labels
+    (`teacher_probs`, `teacher_logits`, see [`~hf_kd.soft_labels.read_soft_labels`]) are kept too, and a training file
+    with them needs no label column.
 
     Args:
         train_file (`str` or `Path`): Rows to train on.
@@ -241,8 +244,9 @@ def load_text_files(
             file has both, else to every column but the label if those are one or two.
         label_column (`str`, *optional*, defaults to `"label"`): Column of the label.
         label_names (`Sequence[str]`, *optional*): Class names in index order; labels in the files are these names, or
-            indices into them. Defaults to the sorted labels of the training file. Without it, numbers that are not
-            whole, or that JSON types as floats, make the task a regression.
+            indices into them. Defaults to the sorted labels of the soft labels where these have names, else of the
+            training file, else of the validation file. Without it, numbers that are not whole, or that JSON or Parquet
+            types as floats, make the task a regression.
 
     Returns:
         `tuple[DatasetDict, TextTask]`: The splits `train` and `validation`, as [`load_glue`] gives them; the task.
@@ -254,7 +258,9 @@ def load_text_files(
     train_file, validation_file = Path(train_file), Path(validation_file)
     train_rows, validation_rows = read_rows(train_file), read_rows(validation_file)
     columns = column_names(train_rows)
-    require_columns(train_file, columns, [label_column], fix="name it with `--label_column`")
+    soft, validation_soft = read_soft_labels(train_rows), read_soft_labels(validation_rows)
+    if not soft:
+        require_columns(train_file, columns, [label_column], fix="name it with `--label_column`")
     text_columns = _choose_text_columns(train_file, columns, text_columns, label_column)
     require_columns(validation_file, column_names(validation_rows), [*text_columns, label_column])
 
@@ -264,22 +270,31 @@ def load_text_files(
     given_labels = [(where, label) for where, label in train_labels if _class_name(label)]
     may_be_indices = label_names is not None
     if label_names is None:
-        label_names = _infer_label_names(given_labels)
+        label_names = _infer_label_names(given_labels or validation_labels)
+        soft_names = next((labels.names for labels in soft.values() if labels.names is not None), None)
+        if label_names is not None and soft_names is not None and not _are_same_labels(label_names, soft_names):
+            label_names = _sorted_names(soft_names)  # labelled rows may be few, and of some classes alone
     if label_names is None:
         task = TextTask("custom", text_columns, None, *_CORRELATIONS)
     else:
         task = TextTask("custom", text_columns, tuple(label_names), ("accuracy", "f1_macro"), "accuracy")
-    if len(classes := set(_label_values(task, given_labels, may_be_indices))) < 2:
+    classes = set(_label_values(task, given_labels, may_be_indices))
+    if len(classes) < 2 and not soft:
         raise ValueError(
             f"{train_file}: `{label_column}` has {len(classes)} different values in {len(train_rows)} rows, but two "
             "are needed to learn from; add rows of the other classes."
         )
     if len(given_labels) < len(train_rows):
         logger.warning(f"{train_file}: {len(train_rows) - len(given_labels)} of {len(train_rows)} rows have no label.")
+    _check_soft_labels(task, train_rows, soft)
+    _check_soft_labels(task, validation_rows, validation_soft)
     data = DatasetDict(
-        train=_dataset(task, _text_values(task, train_rows), _label_values(task, train_labels, may_be_indices)),
+        train=_dataset(task, _text_values(task, train_rows), _label_values(task, train_labels, may_be_indices), soft),
         validation=_dataset(
-            task, _text_values(task, validation_rows), _label_values(task, validation_labels, may_be_indices)
+            task,
+            _text_values(task, validation_rows),
+            _label_values(task, validation_labels, may_be_indices),
+            validation_soft,
         ),
     )
     return data, task
@@ -287,29 +302,33 @@ def load_text_files(
 
 def load_unlabeled_file(path: str | Path, task: TextTask) -> Dataset:
     """
-    Load texts to distil on from `.csv`, `.tsv`, `.json`, `.jsonl`, or for single texts `.txt` with one text per line.
+    Load texts to distil on from `.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet`, or for single texts `.txt` with a text
+    per line.
 
     Args:
-        path (`str` or `Path`): The file. A `label` column in it is not read.
+        path (`str` or `Path`): The file. A `label` column in it is not read; soft labels are.
         task (`TextTask`): Names the needed columns; for single texts a sole column may have any name.
 
     Returns:
-        `Dataset`: `task.text_columns`, and `label`, which is `UNLABELED` in every row.
+        `Dataset`: `task.text_columns`, soft labels where the file has them, and `label`, which is `UNLABELED` in every
+        row.
     """
     path = Path(path)
     rows = read_rows(path, READERS | {".txt": read_lines})
-    columns = [column for column in column_names(rows) if column != "label"]
+    soft = read_soft_labels(rows)
+    _check_soft_labels(task, rows, soft)
+    columns = [column for column in column_names(rows) if column != "label" and not is_soft_label_column(column)]
     if len(columns) == len(task.text_columns) == 1:
         rows = [(where, {task.text_columns[0]: row.get(columns[0])}) for where, row in rows]
     else:
         require_columns(path, columns, task.text_columns)
-    return _dataset(task, _text_values(task, rows), [UNLABELED] * len(rows))
+    return _dataset(task, _text_values(task, rows), [UNLABELED] * len(rows), soft)
 
 
 def _choose_text_columns(
     path: Path, columns: list[str], text_columns: Sequence[str] | None, label_column: str
 ) -> tuple[str, ...]:
-    others = [column for column in columns if column != label_column]
+    others = [column for column in columns if column != label_column and not is_soft_label_column(column)]
     if text_columns is None:
         text_columns = _PAIR if set(_PAIR) <= set(others) else others
     require_columns(path, others, text_columns, fix="name one or two of them with `--text_columns`")
@@ -324,11 +343,43 @@ def _choose_text_columns(
 def _infer_label_names(labels: list[Label]) -> list[str] | None:
     names = {_class_name(label) for _, label in labels}
     numbers = [number for name in names if (number := _as_float(name)) is not None]
-    if len(numbers) < len(names):
-        return sorted(names)
-    if any(isinstance(label, float) for _, label in labels) or not all(number.is_integer() for number in numbers):
+    are_numbers = len(numbers) == len(names)
+    if are_numbers and any(isinstance(label, float) for _, label in labels):
         return None
-    return sorted(names, key=int)
+    if are_numbers and not all(number.is_integer() for number in numbers):
+        return None
+    return _sorted_names(names)
+
+
+def _sorted_names(names: Iterable[str]) -> list[str]:
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return sorted(names)
+
+
+def _are_same_labels(names: Sequence[str], others: Sequence[str]) -> bool:
+    return sorted(name.casefold() for name in names) == sorted(name.casefold() for name in others)
+
+
+def _check_soft_labels(task: TextTask, rows: list[Row], soft: Mapping[str, SoftLabels]) -> None:
+    """What the trainer checks too, which knows nothing of files and lines."""
+    for column, labels in soft.items():
+
+        def where(row: int, column: str = column) -> str:
+            return f"{rows[row][0]}: `{column}`"
+
+        if labels.names is not None and task.label_names and not _are_same_labels(labels.names, task.label_names):
+            raise ValueError(
+                f"{where(0)} is of the labels {list(labels.names)}, and those of the task are "
+                f"{list(task.label_names)}; give both the same names."
+            )
+        if labels.values.shape[1] != task.num_labels:
+            raise ValueError(
+                f"{where(0)} has {labels.values.shape[1]} numbers, but the labels are "
+                f"{list(task.label_names or ['one score'])}; give one number for each."
+            )
+        check_soft_labels(labels.values, where, is_probs=column.endswith("probs"))
 
 
 def _text_values(task: TextTask, rows: list[Row]) -> dict[str, list[str]]:
@@ -395,9 +446,19 @@ def _features(task: TextTask) -> datasets.Features:
     return datasets.Features({**texts, "label": datasets.Value("float32" if task.is_regression else "int64")})
 
 
-def _dataset(task: TextTask, texts: dict[str, list[str]], labels: Sequence[int | float]) -> Dataset:
+def _dataset(
+    task: TextTask,
+    texts: dict[str, list[str]],
+    labels: Sequence[int | float],
+    soft: Mapping[str, SoftLabels] | None = None,
+) -> Dataset:
+    columns = {name: values.as_column() for name, values in (soft or {}).items()}
+    features = {**_features(task), **{name: feature for name, (_, feature) in columns.items()}}
     # Not `Dataset.from_generator`: its cache is keyed by the path, so an edited file would load as it was before.
-    return Dataset.from_dict({**texts, "label": labels}, features=_features(task))
+    return Dataset.from_dict(
+        {**texts, "label": labels, **{name: rows for name, (rows, _) in columns.items()}},
+        features=datasets.Features(features),
+    )
 
 
 # From texts to model inputs, and from logits to metrics

@@ -61,13 +61,13 @@ def describe_distillation(trainer: DistillationTrainer) -> dict[str, Any]:
 
     Returns:
         `dict`: Ready for JSON. `problem`; `teachers` that a term compares with, or else `agreement_teachers`, if the
-        evaluation alone does; `student` (shape, and where its first weights come from); `terms` (kind, form, weight,
-        layers, and settings that differ from the defaults); `data` (rows with a label of their own and without, where
-        the data set is sized); `training` (steps, batch size, precision, steps at which it was resumed, arguments
-        that differ from the defaults); `evaluation` (split to metrics of the final weights, as far as the trainer has
-        measured them).
+        evaluation alone does (of soft labels from elsewhere their `column`); `student` (shape, and where its first
+        weights come from); `terms` (kind, form, weight, layers, and settings that differ from the defaults); `data`
+        (rows with a label of their own and without, where the data set is sized); `training` (steps, batch size,
+        precision, steps at which it was resumed, arguments that differ from the defaults); `evaluation` (split to
+        metrics of the final weights, as far as the trainer has measured them).
     """
-    described = [describe_model(teacher.model) for teacher in _loaded_teachers(trainer)]
+    described = [_describe_teacher(teacher) for teacher in _loaded_teachers(trainer)]
     taught = trainer.distillation_objective.needs_teacher
     return _plain(
         {
@@ -169,15 +169,42 @@ def _evaluation_row(trainer: DistillationTrainer, distillation: dict[str, Any]) 
 
 def describe_model(model: Any) -> dict[str, Any]:
     """Name, shape, and what the model's own card says about its origin; unknown facts are left out."""
-    config = model.config
+    return {**identify(model.config), **_describe_shape(model.config, type(model).__name__, model.num_parameters())}
+
+
+def _describe_shape(config: Any, architecture: str, parameters: int) -> dict[str, Any]:
     return {
-        **identify(config),
-        "architecture": type(model).__name__,
+        "architecture": architecture,
         "model_type": config.model_type,
-        "parameters": model.num_parameters(),
+        "parameters": parameters,
         "layers": getattr(config, "num_hidden_layers", None),
         **{name: getattr(config, name, None) for name in _SIZES[::2]},
     }
+
+
+def _describe_teacher(teacher: Any) -> dict[str, Any]:
+    """As [`describe_model`], of a teacher that runs or is cached; `column`, if its answers are soft labels of which
+    nobody says who gave them."""
+    model, cached = getattr(teacher, "model", None), getattr(teacher, "cached", teacher)
+    column = None if getattr(cached, "is_model", True) else cached.logits_column
+    if column is not None and (model is None or not teacher.runs):
+        return {"column": column}
+    if model is not None:
+        return {**describe_model(model), "column": column}
+    source = teacher.source
+    return {
+        **_identify_teacher(teacher),
+        **_describe_shape(teacher.config, source.architecture, source.parameters),
+    }
+
+
+def _identify_teacher(teacher: Any) -> dict[str, Any]:
+    """As [`identify`]; a cached teacher's config holds the last part of a path, which may lead elsewhere here."""
+    if getattr(teacher, "model", None) is not None:
+        return identify(teacher.model.config)
+    config = teacher.config
+    name = config._name_or_path
+    return identify(config) if name and _commits_of(config, name) else {"name": name or None}
 
 
 def identify(config: Any) -> dict[str, Any]:
@@ -255,9 +282,13 @@ def _describe_student(trainer: DistillationTrainer) -> dict[str, Any]:
     has_tokenizer = hasattr(trainer.processing_class, "save_pretrained")
     teachers = _loaded_teachers(trainer)
     separate = any(teacher.reads_own_tokens for teacher in teachers) or None
-    start = _describe_start(model, [teacher.model for teacher in teachers])
-    if "teacher" in start and not trainer.distillation_objective.needs_teacher:
-        start |= identify(teachers[start.pop("teacher")].model.config)
+    start = _describe_start(model, teachers)
+    if "teacher" in start:
+        source = teachers[start["teacher"]]
+        # Compared with in the evaluation alone, or all that teaches are soft labels from elsewhere.
+        if not trainer.distillation_objective.needs_teacher or "architecture" not in _describe_teacher(source):
+            del start["teacher"]
+            start |= _identify_teacher(source)
     return {**shape, "start": start, "has_tokenizer": has_tokenizer, "separate_tokenizers": separate}
 
 
@@ -266,16 +297,24 @@ def _describe_start(student: Any, teachers: list[Any]) -> dict[str, Any]:
     made = getattr(student, START_ATTRIBUTE, None)
     if made is not None:
         path = made["teacher"]
-        names = [teacher.config._name_or_path for teacher in teachers]
         found: dict[str, Any] = {"kind": "teacher", **{name: made[name] for name in made if name != "teacher"}}
-        if path in names:
-            return {**found, "teacher": names.index(path)}
+        index = next((index for index, teacher in enumerate(teachers) if _is_of(teacher, path)), None)
+        if index is not None:
+            return {**found, "teacher": index}
         return {**found, "name": os.path.basename(os.path.abspath(path)) if path else None}
     path = student.config._name_or_path
-    if not path or path in [teacher.config._name_or_path for teacher in teachers]:
+    if not path or any(_is_of(teacher, path) for teacher in teachers):
         # A copy of the teacher's config names the teacher, whatever the weights are.
         return {"kind": "unknown"}
     return {"kind": "checkpoint", **identify(student.config)}
+
+
+def _is_of(teacher: Any, path: str) -> bool:
+    """Whether a teacher was loaded from there; of a cached one the last part of its folder is known."""
+    if getattr(teacher, "model", None) is not None:
+        return path == teacher.model.config._name_or_path
+    name = teacher.config._name_or_path
+    return teacher.is_model and name in (path, os.path.basename(os.path.abspath(path)) if path else "")
 
 
 # Terms

@@ -1,4 +1,4 @@
-"""Reads rows from CSV, TSV, JSON and plain text files, each with where it stands for the message of an error."""
+"""Reads rows from CSV, TSV, JSON, Parquet and text files, each with where it stands for the message of an error."""
 
 import csv
 import json
@@ -55,6 +55,25 @@ def _read_json(path: Path) -> Iterator[Row]:
         raise ValueError(f"{where}: {error}. Write one object per line, or one list of objects.") from None
 
 
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+    from datasets import ClassLabel, Features
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(
+            f"{path}: {error}. Write it anew, e.g. with DataFrame.to_parquet or Dataset.to_parquet."
+        ) from None
+    features = Features.from_arrow_schema(table.schema)
+    classes = {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    for number, row in enumerate(table.to_pylist(), start=1):
+        for name, feature in classes.items():  # `datasets` writes an index, with its name in the schema
+            is_there = row[name] is not None and row[name] >= 0
+            row[name] = feature.int2str(row[name]) if is_there else None
+        yield f"{path}, row {number}", row
+
+
 def read_lines(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
@@ -63,7 +82,13 @@ def read_lines(path: Path) -> Iterator[Row]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]]
-READERS = {".csv": _read_csv, ".tsv": _read_tsv, ".json": _read_json, ".jsonl": _read_json}
+READERS = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".parquet": _read_parquet,
+}
 
 
 def read_rows(path: Path, readers: dict[str, Callable[[Path], Iterator[Row]]] = READERS) -> list[Row]:

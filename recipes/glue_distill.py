@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,7 @@ from hf_kd import (
     DistillationCollator,
     DistillationTrainer,
     DistillationTrainingArguments,
+    cache_teacher_signals,
     student_from_teacher,
 )
 from hf_kd.checkpoint import check_revision
@@ -56,7 +58,9 @@ from hf_kd.distributed import end_training
 from hf_kd.glue import GLUE_TASKS, TextTask, compute_metrics_fn
 from hf_kd.record import describe_distillation, identify, remove_deployment
 from hf_kd.results import format_table, write_results
+from hf_kd.signals import problem_of
 from hf_kd.signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer, reorder_labels
+from hf_kd.soft_labels import is_soft_label_column
 
 
 logger = logging.get_logger("hf_kd.recipes.glue_distill")
@@ -135,6 +139,14 @@ class ModelArguments:
 class DistillArguments(ModelArguments):
     """What this recipe does with them."""
 
+    teacher_model_name_or_path: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Folder or Hub id of a fine-tuned teacher, or of several, which are averaged. Without one, "
+            "--train_file needs a column teacher_probs or teacher_logits, and the student is that of "
+            "--student_model_name_or_path."
+        },
+    )
     separate_tokenizers: bool = field(
         default=False,
         metadata={
@@ -150,6 +162,17 @@ class DistillArguments(ModelArguments):
         default=False,
         metadata={"help": "Also write the student as ONNX, float32 and int8, into `onnx` of the output folder."},
     )
+    cache_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for what the teacher says about the training rows: it runs over them once, and this and "
+            "further runs on the same rows read the files."
+        },
+    )
+    cache_dtype: Literal["float16", "bfloat16"] = field(
+        default="float16",
+        metadata={"help": "Of hidden states, queries, keys and values in --cache_teacher; logits are in float32."},
+    )
     learning_rates: list[float] | None = field(
         default=None,
         metadata={"help": "Train student and baseline at each of these and keep the best on the validation split."},
@@ -157,11 +180,33 @@ class DistillArguments(ModelArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.teacher_model_name_or_path:
+            self._check_soft_labels_can_teach()
         if self.separate_tokenizers and self.student_model_name_or_path is None:
             raise ValueError(
                 "separate_tokenizers is for a student with a tokenizer of its own; give one with "
                 "--student_model_name_or_path, or drop the flag."
             )
+
+        if self.cache_teacher is not None and self.separate_tokenizers:
+            raise ValueError(
+                f"cache_teacher={self.cache_teacher!r} keeps what the teacher says about the rows that the student "
+                "reads, and with separate_tokenizers it reads others; drop --cache_teacher, and the teacher runs in "
+                "the training."
+            )
+
+    def _check_soft_labels_can_teach(self) -> None:
+        if self.student_model_name_or_path is None:
+            raise ValueError(
+                "there is no teacher to make a student of; give --teacher_model_name_or_path, or, with a column "
+                "teacher_probs or teacher_logits in --train_file, --student_model_name_or_path."
+            )
+        for name in ("teacher_label_names", "separate_tokenizers", "cache_teacher"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is about a teacher model; give --teacher_model_name_or_path, or "
+                    "drop the flag. (--teacher_labels names the numbers of a column that is a list.)"
+                )
 
 
 def main() -> None:
@@ -170,9 +215,12 @@ def main() -> None:
     )
     if model_args.export_onnx:
         check_export_is_installed()
+    if model_args.cache_teacher is not None:
+        check_teacher_is_compared(model_args, args)
     repo_id = open_hub_repository(args)
     args = dataclasses.replace(args, push_to_hub=False)  # of all that is trained here, one student at the end
     data, task = load_data(data_args, args.seed, has_teacher=True)
+    check_soft_labels(model_args, data_args, args, data["train"])
     texts = data
     teachers = load_task_teachers(model_args, task)
     tokenizer, student_tokenizer = load_tokenizers(model_args, model_args.separate_tokenizers)
@@ -194,6 +242,10 @@ def main() -> None:
         )
     reader = student_tokenizer if model_args.separate_tokenizers else tokenizer
     data = tokenize_data(data, task, reader, data_args, args, keep_texts=model_args.separate_tokenizers)
+    run_teachers = teachers
+    if model_args.cache_teacher is not None:
+        data["train"] = cache_teachers(model_args, args, data["train"], teachers, task, tokenizer)
+        run_teachers = teachers if args.eval_teacher_agreement else []  # on the validation split
 
     trainers: list[DistillationTrainer] = []
 
@@ -208,9 +260,9 @@ def main() -> None:
             run_args = dataclasses.replace(args, output_dir=str(folder), learning_rate=learning_rate, **changes)
             set_seed(args.seed)
             trainer = DistillationTrainer(
-                model=make_student(model_args, teachers[0], task),
+                model=make_student(model_args, teachers[0] if teachers else None, task),
                 args=run_args,
-                teacher_model=teachers,
+                teacher_model=run_teachers,
                 train_dataset=train_dataset,
                 eval_dataset=data[task.validation_splits[0]],
                 processing_class=student_tokenizer,
@@ -324,6 +376,67 @@ def describe_data(data_args: DataArguments, task: TextTask, data: DatasetDict, n
     return found
 
 
+def check_soft_labels(
+    model_args: DistillArguments, data_args: DataArguments, args: DistillationTrainingArguments, rows: Dataset
+) -> None:
+    """Whether the rows say what the student is to learn, where no teacher does."""
+    columns = [name for name in rows.column_names if is_soft_label_column(name)]
+    if not columns and not model_args.teacher_model_name_or_path:
+        raise ValueError(
+            "nothing teaches the student; give --teacher_model_name_or_path, or a --train_file with a column "
+            "teacher_probs or teacher_logits: one number per label."
+        )
+    if not columns:
+        return
+    if data_args.augment > 0:
+        raise ValueError(
+            f"augment={data_args.augment} makes rows that are not in {columns}; drop --augment, or leave the column "
+            "out for a teacher model to label all rows."
+        )
+    has_labels = len(labeled(rows, "label")) > 0
+    if not has_labels and (args.task_loss_weight > 0 or model_args.run_baseline):
+        raise ValueError(
+            f"no training row has a label, so that {columns} alone teach; set --task_loss_weight 0 "
+            "--logit_loss_weight 1, without --run_baseline, which learns from labels."
+        )
+
+
+def check_teacher_is_compared(model_args: DistillArguments, args: DistillationTrainingArguments) -> None:
+    """Before a teacher runs over all rows for nothing."""
+    if not args.objective().needs_teacher:
+        raise ValueError(
+            f"cache_teacher={model_args.cache_teacher!r} keeps what the teacher says, and no term compares with it; "
+            "set --logit_loss_weight 0.5, for example, or drop --cache_teacher."
+        )
+
+
+def cache_teachers(
+    model_args: DistillArguments,
+    args: DistillationTrainingArguments,
+    rows: Dataset,
+    teachers: list[PreTrainedModel],
+    task: TextTask,
+    tokenizer: Any,
+) -> Dataset:
+    """The training rows with what the objective compares of each teacher: read from the disk, if it is there."""
+    student = make_student(model_args, teachers[0], task)  # whose layers decide which of the teacher's are compared
+    objective = args.objective()
+    objective.bind(student.config, [teacher.config for teacher in teachers], problem=problem_of(student))
+    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return cache_teacher_signals(
+        rows,
+        teachers,
+        objective.teacher_wanted,
+        model_args.cache_teacher,
+        batch_size=args.per_device_eval_batch_size,
+        dtype=model_args.cache_dtype,
+        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else launched_with,
+        teacher_dtype=args.teacher_dtype,
+        tokenizer=tokenizer,
+        device=args.device,
+    )
+
+
 def load_task_teachers(model_args: ModelArguments, task: TextTask) -> list[PreTrainedModel]:
     """The teachers, their classes in the task's order."""
     teachers = [load_teacher(path, revision) for path, revision in model_args.teachers()]
@@ -348,6 +461,9 @@ def load_tokenizers(model_args: ModelArguments, separate: bool = False) -> tuple
 
     The teacher's reads: a DistilBERT student's own one writes no segments, which a BERT teacher was trained with.
     """
+    if not model_args.teacher_model_name_or_path:  # soft labels teach
+        tokenizer = load_student(AutoTokenizer, model_args)
+        return tokenizer, tokenizer
     (teacher_path, teacher_revision), *others = model_args.teachers()
     teacher_tokenizer = load_teacher_tokenizer(teacher_path, teacher_revision)
     tokenizer = teacher_tokenizer
@@ -374,9 +490,9 @@ def load_student(auto_class: Any, model_args: ModelArguments, **kwargs: Any) -> 
         ) from error
 
 
-def make_student(model_args: ModelArguments, teacher: PreTrainedModel, task: TextTask) -> PreTrainedModel:
-    """A fresh student, the same one after the same `set_seed`."""
-    if model_args.student_model_name_or_path is not None:
+def make_student(model_args: ModelArguments, teacher: PreTrainedModel | None, task: TextTask) -> PreTrainedModel:
+    """A fresh student, the same one after the same `set_seed`; without a teacher that of its own name."""
+    if teacher is None or model_args.student_model_name_or_path is not None:
         return load_student(AutoModelForSequenceClassification, model_args, **label_config(task))
     num_layers = model_args.student_num_layers
     if num_layers is None and model_args.student_layers is None:

@@ -40,12 +40,15 @@ class DataArguments:
         default=None,
         metadata={"help": "Folder in the official glue_data layout (SST-2/train.tsv ...) in place of the Hub."},
     )
-    train_file: str | None = field(default=None, metadata={"help": "Your own CSV, TSV or JSON file to train on."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Your own CSV, TSV, JSON or Parquet file to train on."}
+    )
     validation_file: str | None = field(
-        default=None, metadata={"help": "Your own CSV, TSV or JSON file to evaluate on."}
+        default=None, metadata={"help": "Your own CSV, TSV, JSON or Parquet file to evaluate on."}
     )
     unlabeled_file: str | None = field(
-        default=None, metadata={"help": "CSV, TSV, JSON or TXT file with texts alone, from which the teacher teaches."}
+        default=None,
+        metadata={"help": "CSV, TSV, JSON, Parquet or TXT file with texts alone, from which the teacher teaches."},
     )
     text_columns: list[str] | None = field(
         default=None,
@@ -137,6 +140,12 @@ def load_data(args: DataArguments, seed: int, has_teacher: bool = False) -> tupl
             data[split] = data[split].select(range(min(args.max_eval_samples, len(data[split]))))
     pools = [data.pop("unlabeled")] if "unlabeled" in data else []
     pools += [load_unlabeled_file(args.unlabeled_file, task)] if args.unlabeled_file else []
+    for pool in pools:
+        if set(pool.column_names) != set(data["train"].column_names):
+            raise ValueError(
+                f"the unlabelled rows have the columns {pool.column_names}, and the training rows "
+                f"{data['train'].column_names}; give both files the same soft labels, or none."
+            )
     data["train"] = concatenate_datasets([data["train"], *(pool.cast(data["train"].features) for pool in pools)])
     return data, task
 

@@ -1,5 +1,5 @@
 """Make the tables and the plot of the README from results files: of training, `glue_results.py`,
-`export_onnx.py --benchmark` and `glue_ablation.py`.
+`export_onnx.py --benchmark`, `glue_ablation.py` and `benchmark_training.py`.
 
 python recipes/results_table.py recipes/results/*.json --plot recipes/results/glue.png
 """
@@ -30,6 +30,9 @@ def main() -> None:
     measured = [run for run in runs if run.get("benchmark")]
     if measured:
         print(format_inference(measured))
+    for run in runs:
+        if "training_benchmark" in run:
+            print(format_training(run))
     for hardware in dict.fromkeys((run["run"]["hardware"], run["run"]["threads_per_process"]) for run in runs):
         print(f"\nHardware: {hardware[0]}, {hardware[1]} thread(s) per process.")
     if args.plot is not None:
@@ -122,6 +125,62 @@ def format_inference(runs: list[dict[str, Any]], threads: int = 1) -> str:
             line += [f"{ends[1]['p50_ms']:.2f}", f"{ends[max(ends)]['rows_per_second']:.0f}"] if ends else ["", ""]
             lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def format_training(results: dict[str, Any]) -> str:
+    """One Markdown line per configuration and variant, then the building of caches, and the memory for rows on disk.
+
+    Args:
+        results (`dict`): What `benchmark_training.py` wrote.
+    """
+    lines = [["length", "batch", "dtype", "variant", "rows/s", "step ms, p50 [p25, p75]", "step / limit"]]
+    compared = ("finetune", "online_layers", "naive+padded")
+    lines[0] += [f"rows/s / {name}" for name in compared]
+    lines[0] += ["peak MiB", "tokens per row", "outside matrix products"]
+    rows = results["training_benchmark"]
+    for row in rows:
+        lines.append(
+            [
+                *configuration(row),
+                f"{row['rows_per_second']:.1f}",
+                f"{row['p50_ms']:.1f} [{row['p25_ms']:.1f}, {row['p75_ms']:.1f}]",
+                as_text(row["step_ratio"].get("limit"), ".3f"),
+                *(as_text(row["throughput_ratio"].get(name), ".3f") for name in compared),
+                as_text(row["peak_memory_mib"], ".0f"),
+                f"{row['tokens_per_row']:.1f}",
+                as_text(row.get("share_outside_matrix_products"), ".1%"),
+            ]
+        )
+    tables = [lines]
+    if results["caches"]:
+        names = ["length", "batch", "dtype", "cache of", "built rows/s", "teacher's forward rows/s", "ratio"]
+        tables.append([[*names, "bytes per token"]])
+        for row in results["caches"]:
+            speeds = row["rows_per_second"], row["teacher_forward_rows_per_second"]
+            tables[-1].append(
+                [
+                    *configuration(row),
+                    *(f"{speed:.1f}" for speed in speeds),
+                    f"{speeds[0] / speeds[1]:.2f}",
+                    f"{row['bytes_per_token']:.1f}",
+                ]
+            )
+    if results["memory"]:
+        tables.append([["length", "batch", "dtype", "variant", "rows on disk", "resident MiB", "its own", "of files"]])
+        for row in results["memory"]:
+            sizes = (as_text(row.get(f"{name}_mib"), ".0f") for name in ("resident", "anonymous", "file"))
+            tables[-1].append([*configuration(row), str(row["rows"]), *sizes])
+    for table in tables:
+        table.insert(1, ["---"] * len(table[0]))
+    return "\n\n".join("\n".join("| " + " | ".join(line) + " |" for line in table) for table in tables)
+
+
+def configuration(row: dict[str, Any]) -> list[str]:
+    return [str(row[name]) for name in ("length", "batch_size", "dtype", "variant")]
+
+
+def as_text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from scipy import stats
 from sklearn import metrics
 from transformers import BertTokenizerFast, EvalPrediction
@@ -212,7 +212,9 @@ def test_bad_requests(tmp_path):
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix in (".json", ".jsonl"):
         lines = [json.dumps(row) for row in rows]
         path.write_text("[" + ",".join(lines) + "]" if path.suffix == ".json" else "\n".join(lines), encoding="utf-8")
     else:
@@ -345,7 +347,7 @@ def test_bad_csv_files(tmp_path, train, dev, message):
         ("a.json", b'[{"label": 1}, {"text": "b", "label": 0}]', r"item 1: `text` is None, but a text is needed"),
         ("a.json", b'[{"text": "a", "label": ["x"]}]', r"the label is \['x'\], but one word or number is needed"),
         ("a.csv", "text,label\nna\xefve,1\n".encode("latin1"), r"a.csv is not UTF-8 .*iconv"),
-        ("a.xlsx", b"", r"a.xlsx: the name has to end in .csv, .tsv, .json, .jsonl"),
+        ("a.xlsx", b"", r"a.xlsx: the name has to end in .csv, .tsv, .json, .jsonl, .parquet"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -515,3 +517,141 @@ def test_two_processes_score_at_once():
         run.join(timeout=60)
     assert [run.exitcode for run in runs] == [0, 0]
     assert not list(Path(GlueMetric(GLUE_TASKS["sst2"]).data_dir).glob("*.arrow*"))
+
+
+# Soft labels
+
+
+SOFT = [("fine", "good", [0.1, 0.9]), ("poor", "bad", [0.8, 0.2]), ("so so", "good", [0.45, 0.55])]
+
+
+def soft_rows(form: str, suffix: str) -> list[dict]:
+    is_text = suffix in (".csv", ".tsv")
+    rows = []
+    for text, label, (bad, good) in SOFT:
+        named = {"good": good, "bad": bad} if text == "poor" else {"bad": bad, "good": good}  # in any order
+        if form == "columns":
+            rows.append({"text": text, "label": label, "teacher_probs.bad": bad, "teacher_probs.good": good})
+        else:
+            cell = named if form == "object" else [bad, good]
+            rows.append({"text": text, "label": label, "teacher_probs": json.dumps(cell) if is_text else cell})
+    return rows
+
+
+@pytest.mark.parametrize("form", ["list", "object", "columns"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_soft_labels_of_every_format(tmp_path, suffix, form, tokenizer):
+    """Taken for a text they would be read by the student; by position, an object's numbers would change places."""
+    data, task = load_rows(tmp_path, soft_rows(form, suffix), suffix=suffix)
+    assert (task.text_columns, task.label_names) == (("text",), ("bad", "good"))
+    assert data["train"]["label"][:] == [1, 0, 1]
+    names = ["bad", "good"]
+    encoded = tokenize(data, task, tokenizer, max_seq_length=8)
+    for rows in (data["train"], encoded["train"]):
+        stored = rows["teacher_probs"][:]
+        assert rows.features["teacher_probs"] == (
+            List(Value("float32")) if form == "list" else {name: Value("float32") for name in names}
+        )
+        numbers = [row if form == "list" else [row[name] for name in names] for row in stored]
+        np.testing.assert_allclose(numbers, [probs for _, _, probs in SOFT], rtol=1e-6)
+
+
+def test_several_kinds_of_soft_labels(tmp_path):
+    """One teacher's column would be lost beside another's, or a logit be refused as a probability."""
+    rows = [{**row, "teacher_0_logits": [-3.0, 4.0]} for row in soft_rows("list", ".jsonl")]
+    rows = [{"teacher_1_probs": row.pop("teacher_probs"), **row} for row in rows]
+    data, task = load_rows(tmp_path, rows)
+    assert set(data["train"].column_names) == {"text", "label", "teacher_0_logits", "teacher_1_probs"}
+    scores = [{"text": f"text {index}", "label": index + 0.5, "teacher_logits": index / 2} for index in range(3)]
+    data, task = load_rows(tmp_path, scores)
+    assert task.is_regression and data["train"]["teacher_logits"][:] == [[0.0], [0.5], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("form", "labels", "names", "loaded"),
+    [
+        ("object", None, ("bad", "good"), [UNLABELED] * 3),
+        ("list", None, ("bad", "good"), [UNLABELED] * 3),
+        ("columns", ["good", "", ""], ("bad", "good"), [1, UNLABELED, UNLABELED]),
+        ("object", ["Good", "", "Bad"], ("Bad", "Good"), [1, UNLABELED, 0]),
+    ],
+)
+def test_rows_without_labels_of_their_own(tmp_path, form, labels, names, loaded):
+    """Who has an LLM's probabilities alone could not train at all, or would have classes in another order."""
+    rows = [{**row, "label": label} for row, label in zip(soft_rows(form, ".csv"), labels or [""] * 3, strict=True)]
+    if labels is None:
+        rows = [{name: value for name, value in row.items() if name != "label"} for row in rows]
+    dev = [{"text": "fine", "label": names[1]}, {"text": "poor", "label": names[0]}]
+    data, task = load_rows(tmp_path, rows, dev, suffix=".csv")
+    assert (task.label_names, data["train"]["label"][:]) == (names, loaded)
+    assert data["validation"]["label"][:] == [1, 0]
+
+
+def test_names_of_the_soft_labels_are_all_classes(tmp_path):
+    """A validation file that lacks a class would leave it out of the student."""
+    probs = {"c": 0.2, "a": 0.5, "b": 0.3}
+    rows = [{"text": "x", "teacher_probs": probs}, {"text": "y", "teacher_probs": probs}]
+    data, task = load_rows(tmp_path, rows, [{"text": "x", "label": "a"}, {"text": "y", "label": "b"}])
+    assert task.label_names == ("a", "b", "c") and data["validation"]["label"][:] == [0, 1]
+    with pytest.raises(ValueError, match=r"dev.jsonl, line 1: the label is 1, but one of \['a', 'b', 'c'\]"):
+        load_rows(tmp_path, rows, [{"text": "x", "label": 1}])
+
+
+TWO = {"text": "x", "label": "bad", "teacher_probs": [0.5, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher_probs": None}, r"train.jsonl, line 2: `teacher_probs` is empty.*fill it"),
+        ({"teacher_probs": "0.5 0.5"}, r"line 2: `teacher_probs` is '0.5 0.5', but one number per label.*json.dumps"),
+        ({"teacher_probs": [0.5, "half"]}, r"line 2: `teacher_probs` has 'half' among its numbers; correct"),
+        ({"teacher_probs": [0.5, None]}, r"line 2: `teacher_probs` has None among its numbers"),
+        ({"teacher_probs": [0.5, 0.25, 0.25]}, r"line 2: `teacher_probs` has 3 numbers, and 2 in the first row"),
+        ({"teacher_probs": {"bad": 0.5, "good": 0.5}}, r"line 2: .*in the first row it has no label names"),
+        ({"teacher_probs": [math.nan, 0.5]}, r"line 2: `teacher_probs`: \[nan, 0.5\] has a number that is missing"),
+        ({"teacher_probs": [-0.5, 1.5]}, r"line 2: `teacher_probs`: \[-0.5, 1.5\] are no probabilities"),
+        ({"teacher_probs": [0.5, 0.25]}, r"line 2: `teacher_probs`: \[0.5, 0.25\] do not add up to 1; divide"),
+        ({"teacher_probs.bad": 1}, r"columns 'teacher_probs' and 'teacher_probs.bad'; keep the one"),
+    ],
+)
+def test_bad_soft_labels(tmp_path, change, message):
+    """The row would be counted in a shuffled dataset, where nobody finds it again."""
+    with pytest.raises(ValueError, match=message):
+        load_rows(tmp_path, [TWO, {**TWO, "label": "good", **change}], [TWO])
+
+
+def test_soft_labels_of_other_labels(tmp_path):
+    """A third class, or another task's file, would fail long after the tokenizing."""
+    rows = [{**TWO, "teacher_probs": [0.5, 0.25, 0.25]}, {**TWO, "label": "good", "teacher_probs": [0.2, 0.4, 0.4]}]
+    with pytest.raises(ValueError, match=r"train.jsonl, line 1: `teacher_probs` has 3 numbers, but the labels are"):
+        load_rows(tmp_path, rows)
+    named = [{**TWO, "teacher_probs": {"bad": 0.5, "good": 0.5}}, {**TWO, "teacher_probs": {"bad": 0.5, "ok": 0.5}}]
+    with pytest.raises(ValueError, match=r"line 2: .*give every row the same labels"):
+        load_rows(tmp_path, named)
+    with pytest.raises(ValueError, match=r"dev.jsonl, line 1: .*labels \['bad', 'ok'\], and those of the task"):
+        load_rows(tmp_path, named[:1], named[1:])
+
+
+def test_unlabeled_soft_labels(tmp_path):
+    """They are what teaches on such rows, and were left out with every other column."""
+    path = write_rows(tmp_path / "a.csv", [{"anything": "x", "teacher_probs": "[0.25, 0.75]", "label": "bad"}])
+    rows = load_unlabeled_file(path, SINGLE)
+    assert rows[0] == {"text": "x", "label": UNLABELED, "teacher_probs": [0.25, 0.75]}
+
+
+def test_parquet_of_datasets(tmp_path):
+    """Its class labels are numbers with their names beside them, which sorted as numbers would lose the names."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["yes", "no"])})
+    rows = {"text": ["a", "b", "c", "d"], "label": [0, 1, None, -1]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    Dataset.from_dict({"text": ["a"], "label": [1]}, features=features).to_parquet(tmp_path / "dev.parquet")
+    data, task = load_text_files(tmp_path / "train.parquet", tmp_path / "dev.parquet")
+    assert task.label_names == ("no", "yes")
+    assert (data["train"]["label"][:], data["validation"]["label"][:]) == ([1, 0, UNLABELED, UNLABELED], [0])
+    (tmp_path / "broken.parquet").write_bytes(b"text")
+    with pytest.raises(ValueError, match="broken.parquet: .*Write it anew"):
+        load_text_files(tmp_path / "broken.parquet", tmp_path / "dev.parquet")
+    train = write_rows(tmp_path / "train.csv", [{"text": "a", "label": label} for label in "ab"])
+    with pytest.raises(ValueError, match="dev.parquet, row 1: the label is 'no', but one of"):
+        load_text_files(train, tmp_path / "dev.parquet")

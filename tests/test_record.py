@@ -21,10 +21,12 @@ from hf_kd import (
     RelationTerm,
     Schedule,
     TaskTerm,
+    cache_teacher_signals,
     student_from_teacher,
 )
 from hf_kd.record import describe_distillation, identify, record_distillation, remove_deployment
 from hf_kd.results import read_results, write_results
+from hf_kd.signals import Wanted
 
 
 class KillAt(TrainerCallback):
@@ -124,6 +126,86 @@ def test_a_teacher_that_is_only_compared_with(make_args, collator, tmp_path):
     assert results["rows"][0]["role"] == "baseline"
     start = found["student"]["start"]
     assert (start["kind"], start["name"], start["layers"]) == ("teacher", "teacher", [2, 4]) and "teacher" not in start
+
+
+def trained_teacher(tmp_path):
+    """From a folder, as a run has it."""
+    make_model(seed=1).save_pretrained(tmp_path / "runs" / "teacher")
+    return MODEL_CLASSES["single_label_classification"].from_pretrained(tmp_path / "runs" / "teacher")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_cached_teacher_is_the_teacher_it_is(make_args, collator, tmp_path, number):
+    """The card of a run that read its teacher from disk would call it a column of numbers."""
+    teachers = [trained_teacher(tmp_path), make_model("roberta", seed=3, hidden_size=48)][:number]
+    rows = cache_teacher_signals(make_dataset(), teachers, Wanted(hidden=frozenset({2, 4})), tmp_path / "cache")
+    students = [student_from_teacher(teachers[0], num_layers=2) for _ in range(3)]
+    args = make_args()
+    online = describe_distillation(make_trainer(students[0], teachers, args, collator))
+    cached = describe_distillation(make_trainer(students[1], None, args, collator, rows))
+    both = describe_distillation(make_trainer(students[2], teachers, args, collator, rows))
+    for found in (cached, both):
+        assert found["teachers"] == online["teachers"] and found["student"] == online["student"]
+    assert cached["teachers"][0]["name"] == "teacher" and cached["student"]["start"]["teacher"] == 0
+    assert "column" not in json.dumps(cached["teachers"])
+
+
+def test_a_cached_teachers_folder_is_not_looked_for_here(make_args, collator, tmp_path, monkeypatch):
+    """Another model in the working folder, of the same name, would lend its licence."""
+    rows = cache_teacher_signals(make_dataset(), trained_teacher(tmp_path), Wanted(), tmp_path / "cache")
+    (tmp_path / "here" / "teacher").mkdir(parents=True)
+    (tmp_path / "here" / "teacher" / "README.md").write_text("---\nlicense: mit\n---\n# It\n")
+    monkeypatch.chdir(tmp_path / "here")
+    (found,) = describe_distillation(make_trainer(make_model(seed=2), None, make_args(), collator, rows))["teachers"]
+    assert found["name"] == "teacher" and "license" not in found
+
+
+def with_soft_labels(**columns):
+    rows = make_dataset()
+    for name in columns or ("teacher_probs",):
+        rows = rows.add_column(name, [{"LABEL_0": 0.25, "LABEL_1": 0.75}] * len(rows))
+    return rows
+
+
+def test_soft_labels_are_no_model(make_args, collator, tmp_path):
+    """The student's own config stands in for the teacher's, and would be published as its teacher."""
+    student = make_model(seed=2)
+    trainer = make_trainer(student, None, make_args(), collator, with_soft_labels())
+    found = describe_distillation(trainer)
+    assert found["teachers"] == [{"column": "teacher_probs"}]
+    assert found["student"]["start"] == {"kind": "unknown"}
+    # A student that was made of another model, which has no name either.
+    made = student_from_teacher(make_model(seed=1), num_layers=2)
+    found = describe_distillation(make_trainer(made, None, make_args(), collator, with_soft_labels()))
+    assert found["student"]["start"]["layers"] == [2, 4] and "teacher" not in found["student"]["start"]
+    # The one it was made of is cached beside them.
+    teachers = [make_model(seed=3), make_model(seed=1)]
+    rows = cache_teacher_signals(make_dataset(), teachers, Wanted(), tmp_path / "cache")
+    rows = rows.remove_columns(["teacher_0_logits", "teacher_0_signals"])
+    rows = rows.add_column("teacher_0_probs", with_soft_labels()["teacher_probs"][:])
+    made = student_from_teacher(teachers[1], num_layers=2)
+    found = describe_distillation(make_trainer(made, None, make_args(), collator, rows))
+    assert found["teachers"][0] == {"column": "teacher_0_probs"} and found["teachers"][1]["layers"] == 4
+    assert found["student"]["start"]["teacher"] == 1
+    columns = {"teacher_0_probs": 0, "teacher_1_probs": 1}
+    trainer = make_trainer(make_model(seed=2), None, make_args(), collator, with_soft_labels(**columns))
+    assert describe_distillation(trainer)["teachers"] == [{"column": name} for name in columns]
+
+
+def test_soft_labels_beside_a_model(make_args, collator, tmp_path):
+    """The model would be given the credit for answers that nobody asked it for."""
+    teacher, rows = trained_teacher(tmp_path), with_soft_labels()
+    student = student_from_teacher(teacher, num_layers=2)
+    found = describe_distillation(make_trainer(student, teacher, make_args(), collator, rows))
+    assert found["teachers"] == [{"column": "teacher_probs"}]
+    start = found["student"]["start"]
+    assert (start["name"], start["layers"]) == ("teacher", [2, 4]) and "teacher" not in start
+    student = student_from_teacher(teacher, num_layers=2)
+    args = make_args(hidden_loss_weight=1.0)
+    found = describe_distillation(make_trainer(student, teacher, args, collator, rows))
+    (described,) = found["teachers"]
+    assert (described["name"], described["column"], described["layers"]) == ("teacher", "teacher_probs", 4)
+    assert found["student"]["start"]["teacher"] == 0
 
 
 # Terms

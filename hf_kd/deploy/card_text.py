@@ -85,11 +85,23 @@ def bullets(lines: Iterable[str]) -> str:
 
 def link(model: Facts) -> str:
     """A checkpoint by its name, with a link to the Hub if it is there."""
+    if is_column(model):
+        return f"the soft labels in the column {code(model['column'])} of the training data"
     if model.get("name") is None:
         return "a model without a name"
     if not model.get("is_hub_id"):
         return code(model["name"])
     return f"[{plain(model['name'])}](https://huggingface.co/{model['name']})"
+
+
+def is_column(teacher: Facts) -> bool:
+    """Whether a teacher is soft labels that the rows brought along, and no model that is known."""
+    return "architecture" not in teacher and teacher.get("column") is not None
+
+
+def are_columns(teachers: Sequence[Facts]) -> bool:
+    """Whether there was no other teacher."""
+    return bool(teachers) and all(map(is_column, teachers))
 
 
 def describe_task(problem: str, data: Facts) -> str:
@@ -244,13 +256,20 @@ def describe_export(export: Facts) -> str:
 def describe_teachers(teachers: Sequence[Facts]) -> str:
     lines = []
     for number, teacher in enumerate(teachers, start=1):
+        name = f"Teacher {number}: " if len(teachers) > 1 else "Teacher: "
+        if is_column(teacher):
+            lines.append(f"{name}{link(teacher)}; who or what gave them is not recorded, nor their licence")
+            continue
         facts = [f"{count(teacher['layers'], 'layer')}" if teacher.get("layers") else ""]
         facts += [f"width {teacher['hidden_size']}" if teacher.get("hidden_size") else ""]
         facts += [f"{millions(teacher['parameters'])} parameters"]
         facts += [f"commit {code(teacher['revision'])}" if teacher.get("revision") else ""]
         facts += [f"licence {plain(licence_of(teacher))}" if licence_of(teacher) else "licence not known"]
+        if teacher.get("column"):
+            facts.append(
+                f"its predictions replaced by those in the column {code(teacher['column'])} of the training data"
+            )
         kind = code(teacher["architecture"])
-        name = f"Teacher {number}: " if len(teachers) > 1 else "Teacher: "
         lines.append(f"{name}{link(teacher)}, {kind}, " + ", ".join(fact for fact in facts if fact))
     return bullets(lines)
 
@@ -293,22 +312,24 @@ def describe_start(start: Facts, teachers: Sequence[Facts]) -> str:
     return f"It started as a copy of {copied}, with the embeddings and the head."
 
 
-def describe_terms(terms: Sequence[Facts], num_teachers: int) -> str:
+def describe_terms(terms: Sequence[Facts], teachers: Sequence[Facts]) -> str:
     lines = [["term", "weight", "form", "compares", "settings"]]
     for term in terms:
         settings = "; ".join(_settings(term))
         form = code(term["type"]) if "type" in term else ""
-        lines.append([code(term["name"]), f"{term['weight']:g}", form, _compares(term, num_teachers), settings])
+        lines.append([code(term["name"]), f"{term['weight']:g}", form, _compares(term, teachers), settings])
     return table(lines)
 
 
-def _compares(term: Facts, num_teachers: int) -> str:
+def _compares(term: Facts, teachers: Sequence[Facts]) -> str:
     kind = term["kind"]
     if kind == "task":
         return "the predictions with the labels"
-    of = "the teacher" if num_teachers == 1 else f"teacher {term['teacher'] + 1}" if "teacher" in term else "teachers"
+    of = f"teacher {term['teacher'] + 1}" if "teacher" in term else "teachers"
+    if len(teachers) == 1:
+        of = "the soft labels" if are_columns(teachers) else "the teacher"
     if kind == "logit":
-        return f"the predictions with {_of_teachers(term, of)}"
+        return f"the predictions with {of if of == 'the soft labels' else _of_teachers(term, of)}"
     if kind == "custom":
         layers = _pairs(term.get("hidden_layers"), "hidden states") + _pairs(term.get("attention_layers"), "attention")
         return "; ".join([f"a function of the run's own, of student, {of} and labels", *layers])
@@ -363,7 +384,7 @@ def _over_time(schedule: str | None) -> str:
     return f" times {float(start):g} at the start to {float(end):g} at the end ({kind})"
 
 
-def describe_data(data: Facts, terms: Sequence[Facts], num_teachers: int) -> str:
+def describe_data(data: Facts, terms: Sequence[Facts], teachers: Sequence[Facts]) -> str:
     lines = []
     task, files = data.get("task"), data.get("files") or {}
     if task in GLUE_TEXTS and data.get("dataset") == "nyu-mll/glue":
@@ -374,7 +395,8 @@ def describe_data(data: Facts, terms: Sequence[Facts], num_teachers: int) -> str
         lines.append("Sentences generated from a seed (hf_kd's demo task)")
     elif data.get("dataset_name") or data.get("dataset"):
         lines.append(plain(data.get("dataset_name") or data["dataset"]))
-    teachers = ("", ", on which the teacher teaches", ", on which the teachers teach")[min(num_teachers, 2)]
+    taught = ("", ", on which the teacher teaches", ", on which the teachers teach")[min(len(teachers), 2)]
+    taught = ", taught by the soft labels" if are_columns(teachers) else taught
     augmented, unlabeled = data.get("augmented_rows") or 0, data.get("unlabeled_rows")
     if data.get("labeled_rows") is not None:
         reads_labels = any(t["kind"] in ("task", "custom") or t.get("type") == "decoupled_kl" for t in terms)
@@ -387,7 +409,7 @@ def describe_data(data: Facts, terms: Sequence[Facts], num_teachers: int) -> str
         lines[-1] += ", drawn at random from a larger set"
     if unlabeled is not None and unlabeled > augmented:
         source = f" from {code(files['unlabeled'])}" if files.get("unlabeled") else ""
-        lines.append(f"{count(unlabeled - augmented, 'row')} without a label{source}{teachers}")
+        lines.append(f"{count(unlabeled - augmented, 'row')} without a label{source}{taught}")
     if augmented:
         augment = data.get("augment") or {}
         how = (
@@ -396,7 +418,7 @@ def describe_data(data: Facts, terms: Sequence[Facts], num_teachers: int) -> str
             else "words masked, and n-grams sampled"
         )
         most = f", up to {augment['variants']} of each labelled row" if augment.get("variants") else ""
-        lines.append(f"{count(augmented, 'augmented row')}{most} ({how}){teachers}")
+        lines.append(f"{count(augmented, 'augmented row')}{most} ({how}){taught}")
     if data.get("max_length"):
         lines.append(f"Inputs of up to {data['max_length']} tokens; longer ones were cut")
     return bullets(lines)
@@ -506,14 +528,25 @@ def _evaluation(row: Facts | None, rows: Sequence[Facts], data: Facts, training:
 def _inheritance(data: Facts, teachers: Sequence[Facts], terms: Sequence[Facts]) -> str:
     whose = "the teacher's" if len(teachers) == 1 else "the teachers'"
     total, own = data.get("rows"), data.get("labeled_rows")
+    unlabeled = f"{(total - own) / total:.0%}" if total and own is not None and own < total else ""
+    if are_columns(teachers):
+        if unlabeled:
+            return (
+                f"Soft labels are the only ones of {unlabeled} of the training rows: errors and biases there were "
+                "learned as truth. Neither they nor the student were measured by groups of people"
+            )
+        return (
+            "It learned from soft labels, errors and biases included; neither they nor the student were measured by "
+            "groups of people"
+        )
     kinds = {term["kind"] for term in terms}
     if "logit" not in kinds:
         what = listed([name for kind, name in _INNER.items() if kind in kinds] or ["outputs"])
         return f"It learned from {whose} {what}, errors and biases included; neither was measured by groups of people"
-    if total and own is not None and own < total:
+    if unlabeled:
         return (
-            f"{whose[0].upper() + whose[1:]} answers are the only labels of {(total - own) / total:.0%} of the "
-            "training rows: errors and biases there were learned as truth. Neither was measured by groups of people"
+            f"{whose[0].upper() + whose[1:]} answers are the only labels of {unlabeled} of the training rows: errors "
+            "and biases there were learned as truth. Neither was measured by groups of people"
         )
     return f"It learned from {whose} answers, errors and biases included; neither was measured by groups of people"
 
@@ -521,6 +554,7 @@ def _inheritance(data: Facts, teachers: Sequence[Facts], terms: Sequence[Facts])
 def _agreement(row: Facts | None, teachers: Sequence[Facts], others: Sequence[Facts]) -> str:
     if teachers:
         whom = "the teacher" if len(teachers) == 1 else "the teachers"
+        whom = "the soft labels" if are_columns(teachers) else whom
     else:
         whom = f"{listed(link(model) for model in others)}, which did not teach it," if others else "the teacher"
     for split, metrics in (row or {}).get("metrics", {}).items():

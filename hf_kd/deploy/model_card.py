@@ -345,8 +345,8 @@ class StudentCard:
             "export": card_text.describe_export(self.export),
             "teachers": card_text.describe_teachers(teachers),
             "start": card_text.describe_start(start, teachers),
-            "terms": card_text.describe_terms(terms, len(teachers)) if terms else "",
-            "data": card_text.describe_data(self.data, terms, len(teachers)),
+            "terms": card_text.describe_terms(terms, teachers) if terms else "",
+            "data": card_text.describe_data(self.data, terms, teachers),
             "training": card_text.describe_training(made.get("training") or {}, self.row),
             "limits": card_text.limits(
                 made, self.data, self.row, self.rows, self.problem, export=self.export if onnx else {}, sizes=onnx
@@ -384,6 +384,8 @@ class StudentCard:
         if self.licence() or not self.distillation:
             return ""
         known = {card_text.licence_of(source) for source in self._sources()}
+        if any(map(card_text.is_column, self._sources())):
+            return "not stated, as that of the soft labels it was made from is not known."
         if known <= {None}:
             return "not stated, as that of what it was made from is not known."
         return "not stated, as the checkpoints that it was made from do not all name the same one."

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..soft_labels import check_soft_labels
 from .batch import Signals, attention_mask_of
 from .capture import Wanted, attention_reach
-from .columns import SignalSource, column_prefix, signals_of_columns, vector_columns
-from .problem import SEQUENCE_PROBLEMS, ProblemType, sequence_problem
-from .teacher import Teacher, TeacherEnsemble, label_order, weights_hash
+from .columns import SignalSource, column_prefix, signals_of_columns, sorted_labels, vector_columns
+from .problem import SEQUENCE_PROBLEMS, ProblemType
+from .teacher import Teacher, TeacherEnsemble, label_order
 
 
-_SUM_TOLERANCE = 1e-2  # of probabilities, which may have been rounded to two digits
+# A probability of 0 has no logarithm, and was rounded down to it, or is of a label that an LLM left out of its answer.
+_SMALLEST_PROBABILITY = 1e-6
 
 
 class CachedTeacher:
@@ -54,6 +57,16 @@ class CachedTeacher:
             self._label_order = None
         self._logits = f"{prefix}{'logits' if 'logits' in of_rows else 'probs'}"
         self._wanted = Wanted()
+
+    @property
+    def is_model(self) -> bool:
+        """Whether a model is known to have said this, and not people, or whoever wrote the file."""
+        return bool(self.source.weights)
+
+    @property
+    def logits_column(self) -> str:
+        """The column of its answers."""
+        return self._logits
 
     @property
     def columns(self) -> set[str]:
@@ -127,10 +140,15 @@ class CachedTeacher:
 
     def _read_logits(self, stored: Tensor) -> Tensor:
         logits = stored.float()
+        if not self.is_model and not bool(torch.isfinite(logits).all()):
+            raise ValueError(  # rows of a stream, or of an evaluation, which nobody has read before
+                f"{self._logits} has a number that is missing or not finite in this batch; correct or remove the row."
+            )
         if self._logits.endswith("probs"):
-            tiny = torch.finfo(torch.float32).tiny
-            is_multi_label = self.source.problem == "multi_label_classification"
-            logits = torch.logit(logits, eps=1e-6) if is_multi_label else logits.clamp(min=tiny).log()
+            if self.source.problem == "multi_label_classification":
+                logits = torch.logit(logits, eps=_SMALLEST_PROBABILITY)
+            else:
+                logits = logits.clamp(min=_SMALLEST_PROBABILITY).log()
         if self.source.problem == "question_answering":
             return logits.transpose(1, 2)  # (batch, 2, seq)
         if self._label_order is not None:
@@ -169,6 +187,11 @@ class PartlyCachedTeacher:
     @property
     def config(self) -> Any:
         return self.teacher.config
+
+    @property
+    def runs(self) -> bool:
+        """Whether it says more than the columns, in a training whose rows all have them."""
+        return self._lacking != Wanted()
 
     @property
     def columns(self) -> set[str]:
@@ -221,6 +244,7 @@ def teachers_of_columns(
     Args:
         dataset (`datasets.Dataset`): Rows, see [`cache_teacher_signals`] for the columns; `teacher_logits` and
             `teacher_probs` may come from anywhere: a list of one number per label, or a struct of label to number.
+            These are read once and checked; of an `IterableDataset` the first 10,000 rows are.
         student_config ([`~transformers.PretrainedConfig`]): The student's config.
         problem (`str`): What the student solves.
         teacher_labels (sequence of `str`, *optional*): The labels of lists that came from elsewhere, in their order.
@@ -231,13 +255,14 @@ def teachers_of_columns(
     features = getattr(dataset, "features", None) or {}
     found = signals_of_columns(list(features))
     expected = [column_prefix()] if column_prefix() in found else [column_prefix(index) for index in range(len(found))]
-    if list(found) != expected:
+    if set(found) != set(expected):
         raise ValueError(
             f"the dataset has columns of the teachers {sorted(found)}, but one is {column_prefix()!r}, and of several "
             f"the names go on from {column_prefix(0)!r} without a gap; rename them."
         )
     teachers = []
-    for prefix, (of_rows, available) in found.items():
+    for prefix in expected:
+        of_rows, available = found[prefix]
         if len(of_rows & {"logits", "probs"}) != 1:
             raise ValueError(
                 f"the dataset has columns {prefix}..., of which one has to be {prefix}logits or {prefix}probs, and "
@@ -289,59 +314,87 @@ def _source_of_soft_labels(
         )
     is_probs = column.endswith("probs")
     if is_probs and problem == "regression":
-        raise ValueError(f"{column} are probabilities, but the student predicts a value; name it teacher_logits.")
-    feature = dataset.features[column]
-    names = list(feature) if isinstance(feature, Mapping) else teacher_labels
-    if names is None and problem != "regression":
         raise ValueError(
-            f"{column} is a list of numbers, and nothing says which label each is of; pass teacher_labels="
-            f"{[str(student_config.id2label[i]) for i in range(student_config.num_labels)]} in their order, or store "
-            "a struct of label to number."
+            f"{column} are probabilities, but the student predicts a value; rename the column to "
+            f"{column.removesuffix('probs')}logits if it holds values."
         )
-    num_labels = 1 if names is None else len(names)
+    names = _label_names(dataset.features[column], column, student_config, problem, teacher_labels)
+    num_labels = len(names) if names else 1
     first_row = 0
-    for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
-        values = _as_matrix(batch[column], column, num_labels, first_row)
-        _check_numbers(values, column, is_probs, problem, first_row)
+    for batch in _checked_batches(dataset, column):
+
+        def where(row: int, first_row: int = first_row) -> str:
+            return f"{column}, row {first_row + row}"
+
+        values = _as_matrix(batch[column], num_labels, where)
+        check_soft_labels(values, where, is_probs=is_probs, sums_to_one=problem != "multi_label_classification")
         first_row += len(values)
     config = copy.deepcopy(student_config)
-    if names is not None:
-        config.id2label = {index: str(name) for index, name in enumerate(names)}
-        config.label2id = {str(name): index for index, name in enumerate(names)}
+    if names:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
     config._name_or_path = ""
-    found = {**config.to_dict(), "model_type": student_config.model_type}
-    return SignalSource(config=found, problem=sequence_problem(config))
+    return SignalSource(config={**config.to_dict(), "model_type": student_config.model_type}, problem=problem)
 
 
-def _as_matrix(column: Any, name: str, num_labels: int, first_row: int) -> np.ndarray:
-    column = column.combine_chunks()
-    if hasattr(column, "chunks"):
-        column = column.chunk(0)
-    if str(column.type).startswith("struct"):
-        columns = [column.field(index).to_numpy(zero_copy_only=False) for index in range(column.type.num_fields)]
-        return np.stack([np.asarray(values, dtype=np.float64) for values in columns], axis=1)
-    rows = [np.atleast_1d(np.nan if row is None else row) for row in column.to_pylist()]
-    lengths = np.array([len(row) for row in rows])
-    wrong = np.flatnonzero(lengths != num_labels)
-    if len(wrong):
+def _label_names(
+    feature: Any, column: str, student_config: Any, problem: ProblemType, teacher_labels: Sequence[str] | None
+) -> list[str]:
+    """The labels of the column's numbers in their order; none for a value, which has no label."""
+    is_struct = isinstance(feature, Mapping)
+    numbers = list(feature.values()) if is_struct else [getattr(feature, "feature", feature)]
+    dtypes = [str(getattr(number, "dtype", type(number).__name__)) for number in numbers]
+    if not numbers or not all(dtype.startswith(("float", "int", "uint")) for dtype in dtypes):
         raise ValueError(
-            f"{name}, row {first_row + wrong[0]}: {lengths[wrong[0]]} numbers, but there are {num_labels} labels; give "
-            "one number per label."
+            f"{column} is of the type {feature}, but a list of numbers, or a struct of label to number, is needed; "
+            "parse what is text, for example with json.loads in dataset.map."
         )
-    return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=np.float64)
+    if problem == "regression":
+        return []
+    wanted = [str(student_config.id2label[index]) for index in range(student_config.num_labels)]
+    if not is_struct and teacher_labels is None:
+        raise ValueError(
+            f"{column} is a list of numbers, and nothing says which label each is of; pass teacher_labels={wanted} in "
+            "the order of the list, or store a struct of label to number."
+        )
+    names = [str(name) for name in (sorted_labels(feature) if is_struct else teacher_labels or ())]
+    if sorted(name.casefold() for name in names) != sorted(name.casefold() for name in wanted):
+        label2id = {name: index for index, name in enumerate(names)}
+        raise ValueError(
+            f"{column} is of the labels {names}, and the student's are {wanted}; load the student with "
+            f"from_pretrained(..., id2label={dict(enumerate(names))}, label2id={label2id}), or rename the labels in "
+            f"{'the struct' if is_struct else 'teacher_labels'}."
+        )
+    return names
 
 
-def _check_numbers(values: np.ndarray, name: str, is_probs: bool, problem: ProblemType, first_row: int) -> None:
-    def refuse(rows: np.ndarray, why: str) -> None:
-        if len(rows):
-            row = rows[0]
-            raise ValueError(f"{name}, row {first_row + row}: {values[row].tolist()} {why}")
+def _checked_batches(dataset: Any, column: str) -> Iterator[Any]:
+    """Arrow tables of all rows, or of the first ones of a stream, which may have no end."""
+    batches = dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+    return iter(batches) if hasattr(dataset, "__len__") else islice(batches, 1)
 
-    refuse(np.flatnonzero(~np.isfinite(values).all(axis=1)), "has a number missing or not finite; correct the row.")
-    if not is_probs:
-        return
-    outside = np.flatnonzero(((values < 0) | (values > 1)).any(axis=1))
-    refuse(outside, "are no probabilities, which lie between 0 and 1; name the column teacher_logits if it is logits.")
-    if problem != "multi_label_classification":
-        sums = np.abs(values.sum(axis=1) - 1)
-        refuse(np.flatnonzero(sums > _SUM_TOLERANCE), "do not add up to 1; divide each row by its sum.")
+
+def _as_matrix(column: Any, num_labels: int, where: Callable[[int], str]) -> np.ndarray:
+    """Numbers of shape `(rows, labels)` in float64, NaN where one is missing."""
+    import pyarrow
+    import pyarrow.compute
+
+    if isinstance(column, pyarrow.ChunkedArray):
+        column = pyarrow.concat_arrays(column.chunks)
+    if hasattr(column.type, "value_type"):
+        lengths = pyarrow.compute.fill_null(pyarrow.compute.list_value_length(column), 0).to_numpy()
+        values = _as_floats(column.flatten())
+    else:
+        fields = column.flatten() if pyarrow.types.is_struct(column.type) else [column]
+        values = np.stack([_as_floats(field) for field in fields], axis=1)
+        lengths = np.full(len(column), len(fields))
+    for row in np.flatnonzero(lengths != num_labels)[:1]:
+        raise ValueError(
+            f"{where(row)}: {lengths[row]} numbers, and the student has {num_labels} labels; give the row one number "
+            "per label."
+        )
+    return values.reshape(-1, num_labels)
+
+
+def _as_floats(column: Any) -> np.ndarray:
+    return np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.float64)

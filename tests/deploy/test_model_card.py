@@ -18,7 +18,7 @@ from conftest import make_dataset, make_model
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from test_recipes import NAMES, QUICK, run, save_model, write_rows
-from transformers import BertTokenizerFast, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, BertTokenizerFast, DataCollatorWithPadding
 
 from hf_kd import (
     AttentionTerm,
@@ -30,6 +30,7 @@ from hf_kd import (
     LogitTerm,
     RelationTerm,
     TaskTerm,
+    cache_teacher_signals,
     student_from_teacher,
 )
 from hf_kd.compat import length_grouping
@@ -38,6 +39,7 @@ from hf_kd.deploy.model_card import MARKER, StudentCard, write_model_card
 from hf_kd.deploy.references import PAPERS
 from hf_kd.objective.terms import AttentionLossType, HiddenLossType, LogitLossType, RelationLossType
 from hf_kd.results import read_results, write_results
+from hf_kd.signals import Wanted
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -211,8 +213,8 @@ def train_in_library(tmp_path, tokenizer, name, teachers, evaluates=False, **kwa
         model=student,
         teacher_model=teachers,
         args=DistillationTrainingArguments(**options),
-        train_dataset=make_dataset(unlabeled_share=kwargs.pop("unlabeled_share", 0.0)),
-        eval_dataset=make_dataset(num_rows=8),
+        train_dataset=kwargs.pop("rows", None) or make_dataset(unlabeled_share=kwargs.pop("unlabeled_share", 0.0)),
+        eval_dataset=kwargs.pop("eval_dataset", None) or make_dataset(num_rows=8),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=lambda evaluation: {"accuracy": 0.75},
@@ -261,6 +263,51 @@ def test_card_of_an_objective(tmp_path, tokenizer):
     folder = tmp_path / "objective"
     rows = [{**row, "metrics": {"eval": {"loss": 0.5, "accuracy": 0.75}}} for row in read_rows(folder)]
     assert_golden("objective.md", rewrite(folder, rows=rows))
+
+
+def test_card_of_soft_labels(tmp_path, tokenizer):
+    """A model would be named that nobody ran, or a teacher be thanked that nobody knows."""
+    probs = [{"negative": 0.25, "positive": 0.75}] * 24
+    rows = make_dataset(unlabeled_share=0.5).add_column("teacher_probs", probs)
+    make_model(seed=2, num_hidden_layers=2, **NAMES).save_pretrained(tmp_path / "small-bert")
+    (tmp_path / "small-bert" / "README.md").write_text("---\nlicense: mit\nbase_model: acme/small-bert\n---\n# It\n")
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small-bert")
+    args = {"eval_teacher_agreement": True}
+    evaluated = make_dataset(num_rows=8).add_column("teacher_probs", probs[:8])
+    options = {"student": student, "rows": rows, "args": args, "eval_dataset": evaluated, "evaluates": True}
+    train_in_library(tmp_path, tokenizer, "out", None, **options)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    text = card.text
+    column = "the soft labels in the column `teacher_probs` of the training data"
+    assert f"for text classification, distilled from {column} with hf_kd." in text
+    assert f"- Teacher: {column}; who or what gave them is not recorded, nor their licence\n" in text
+    assert "It started from the checkpoint that its config names, `small-bert`." in text
+    assert "the predictions with the soft labels | temperature 2 |" in text
+    assert "13 rows without a label, taught by the soft labels" in text
+    limits = section(text, "Limits and biases")
+    assert "Soft labels are the only ones of 54% of the training rows" in limits
+    assert "Agrees with the soft labels in" in limits
+    assert "Licence: not stated, as that of the soft labels it was made from is not known." in text
+    assert "the teacher" not in text.lower() and "teaches" not in text
+    found = card.data.to_dict()
+    assert (found["base_model"], found["base_model_relation"]) == ("acme/small-bert", "finetune")
+    assert "license" not in found and found["tags"] == ["distillation", "hf_kd", "loss:kl"]
+
+
+def test_card_of_a_cached_teacher(tmp_path, tokenizer):
+    """Where its signals were read from changes nothing of who taught, and how."""
+    make_model(seed=1, **NAMES).save_pretrained(tmp_path / "sst2-teacher")
+    teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "sst2-teacher")
+    rows = cache_teacher_signals(make_dataset(), teacher, Wanted(hidden=frozenset({2, 4})), tmp_path / "cache")
+    args = {"hidden_loss_weight": 1.0}
+    cards = []
+    for name, teachers, options in (("online", [teacher], {}), ("cached", None, {"rows": rows})):
+        student = student_from_teacher(teacher, num_layers=2)
+        train_in_library(tmp_path, tokenizer, name, teachers, student=student, args=args, **options)
+        cards.append(rewrite(tmp_path / name).replace(name, "out"))
+    assert "Teacher: `sst2-teacher`, `BertForSequenceClassification`, 4 layers, width 32" in cards[1]
+    assert "It started as a copy of layers 2 and 4 of the 4 of the teacher" in cards[1]
+    assert cards[0] == cards[1]
 
 
 def read_rows(folder):
