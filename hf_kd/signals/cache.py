@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..compat import hardware_defaults
 from .batch import Signals
-from .capture import Wanted
+from .capture import Wanted, forward_columns
 from .columns import STORED_AS, SignalSource, column_prefix, is_signal_column, vector_columns
 from .problem import SEQUENCE_PROBLEMS, problem_of
 from .shards import ShardFolder
@@ -31,10 +32,14 @@ logger = logging.get_logger(__name__)
 
 Dtype = Literal["float16", "bfloat16"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
+_AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-# A shard is in memory while it is made, and made anew where a build was killed.
+_LABELS = ("labels", "start_positions", "end_positions")
+# A shard is in memory while it is made, and made anew where a build was killed. It holds enough rows for batches of
+# about one length, and few enough that several processes share the work evenly.
 _SHARD_BYTES = 128 * 2**20
-_MAX_SHARD_ROWS = 16_384
+_MIN_SHARD_ROWS, _MAX_SHARD_ROWS = 1024, 65_536
+_NUM_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,13 @@ class CacheEstimate:
 
     def __str__(self) -> str:
         return (
-            f"{self.total_bytes / 1e9:.2f} GB: {self.rows:,} rows with {self.tokens:,} tokens, "
+            f"{_size(self.total_bytes)}: {self.rows:,} rows with {self.tokens:,} tokens, "
             f"{self.bytes_per_token:,} bytes per token and {self.bytes_per_row:,} per row"
         )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
 
 
 def cache_teacher_signals(
@@ -73,6 +82,7 @@ def cache_teacher_signals(
     batch_size: int = 32,
     dtype: Dtype = "float16",
     mixed_precision: MixedPrecision = "no",
+    teacher_dtype: str | None = None,
     tokenizer: Any = None,
     device: torch.device | str | None = None,
 ) -> Any:
@@ -92,14 +102,14 @@ def cache_teacher_signals(
 
     | column | type | holds |
     |---|---|---|
-    | `teacher_logits` | list of float32 | one number per label, in the teacher's order; for a model with an answer per \
-token, in `dtype`, those of all tokens one after another |
-    | `teacher_hidden_6`, `teacher_queries_6`, `teacher_keys_6`, `teacher_values_6` | list of float16, or of uint16 for \
-the bits of bfloat16 | the vectors of all tokens of the row, one after another, without padding |
+    | `teacher_logits` | list of float32 | one number per label, in the teacher's order |
+    | `teacher_hidden_6`, `teacher_queries_6`, `teacher_keys_6`, `teacher_values_6` | list of float16 | the vectors \
+of all tokens of the row, one after another, without padding; in bfloat16 as its bits, in uint16 |
     | `teacher_signals` | class label | one name: what [`SignalSource`] describes |
     | `length` | int32 | tokens of the row |
 
-    Of several teachers the names begin with `teacher_0_`, `teacher_1_`.
+    Of several teachers the names begin with `teacher_0_`, `teacher_1_`. The logits of a model with an answer per token
+    are stored like the vectors.
 
     Args:
         dataset (`datasets.Dataset`): Tokenized rows: `input_ids`, and `attention_mask` and `token_type_ids` where the
@@ -114,6 +124,8 @@ the bits of bfloat16 | the vectors of all tokens of the row, one after another, 
             2e-3 for bfloat16, which holds any size of number.
         mixed_precision (`str`, *optional*, defaults to `"no"`): `"bf16"` or `"fp16"`: the autocast the teacher runs
             in, as in the training.
+        teacher_dtype (`str`, *optional*): As `teacher_dtype` of [`DistillationTrainingArguments`]: a copy of the
+            teacher in `"bfloat16"`, for example, runs without autocast.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): What made the rows, for the fingerprint.
         device (`torch.device`, *optional*): Where the teacher runs; by default where accelerate puts this process.
 
@@ -122,30 +134,35 @@ the bits of bfloat16 | the vectors of all tokens of the row, one after another, 
 
     Raises:
         ValueError: If the rows are not tokenized or have such columns, the folder holds the signals of other rows or
-            another teacher or is too small, or the teacher gives numbers that are not finite or too large for
+            another teacher, its disk is too small, or the teacher gives numbers that are not finite or too large for
             float16.
     """
     import datasets
 
-    _check_rows(dataset)
     if dtype not in STORED_AS:
-        raise ValueError(f"dtype={dtype!r} must be one of 'float16', 'bfloat16'.")
-    several = isinstance(teacher, list | tuple)
+        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(map(repr, STORED_AS))}.")
+    if mixed_precision not in _AUTOCAST:
+        raise ValueError(f"mixed_precision={mixed_precision!r} must be one of {', '.join(map(repr, _AUTOCAST))}.")
     models: list[Any] = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
     all_wanted = [wanted] * len(models) if isinstance(wanted, Wanted) else list(wanted)
-    state = PartialState()
+    if len(all_wanted) != len(models):
+        raise ValueError(f"wanted names the layers of {len(all_wanted)} teachers, and there are {len(models)}.")
+    _check_rows(dataset, models)
+    # Unless it is told, it does not connect processes that have no accelerator, and each would make all shards.
+    state = PartialState(cpu=hardware_defaults()["use_cpu"])
     if dataset._indices is not None:  # of a shuffle or a selection, which columns cannot be put beside
         dataset = dataset.flatten_indices()
     rows = _Rows(dataset)
     jobs = [
         _Job(
             rows,
-            Teacher(model, model.config, device=torch.device(device) if device is not None else state.device),
+            Teacher(model, model.config, teacher_dtype, state.device if device is None else torch.device(device)),
             of_model,
-            Path(output_dir, f"teacher_{index}") if several and len(models) > 1 else Path(output_dir),
-            column_prefix(index if several and len(models) > 1 else None),
+            Path(output_dir, f"teacher_{index}") if len(models) > 1 else Path(output_dir),
+            column_prefix(index if len(models) > 1 else None),
             dtype=dtype,
             mixed_precision=mixed_precision,
+            teacher_dtype=teacher_dtype,
             tokenizer=tokenizer,
         )
         for index, (model, of_model) in enumerate(zip(models, all_wanted, strict=True))
@@ -190,20 +207,31 @@ def _estimate(rows: _Rows, config: Any, wanted: Wanted, has_token_logits: bool) 
 
 
 class _Rows:
-    """The columns of a dataset that a teacher reads, as numbers without Python lists."""
+    """The columns of a dataset that a teacher reads, as numbers without Python lists.
+
+    Attributes:
+        lengths (`numpy.ndarray` of shape `(rows,)`): Positions of each row, with padding.
+        num_tokens (`numpy.ndarray` of shape `(rows,)`): Those that the attention mask counts.
+        hash (`str`): Of everything the teacher reads.
+    """
 
     def __init__(self, dataset: Any):
         self.names = [name for name in _INPUTS if name in dataset.column_names]
         self._dataset = dataset.select_columns(self.names).with_format("arrow")
-        lengths, num_tokens = [], []
-        for batch in self._dataset.iter(batch_size=10_000):
-            values, ends = _flat(batch["attention_mask" if "attention_mask" in self.names else "input_ids"])
+        lengths, num_tokens, digest = [], [], hashlib.sha256()
+        for start in range(0, len(dataset), 10_000):
+            columns = self.read(start, start + 10_000)
+            for name, (values, ends) in columns.items():
+                digest.update(name.encode())
+                digest.update(values.astype(np.int32).tobytes())
+                digest.update(ends.tobytes())
+            tokens, ends = columns["input_ids"]
+            mask, mask_ends = columns.get("attention_mask", (np.ones_like(tokens), ends))
+            sums = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
             lengths.append(np.diff(ends))
-            counted = values if "attention_mask" in self.names else np.ones_like(values)
-            sums = np.concatenate([[0], np.cumsum(counted, dtype=np.int64)])
-            num_tokens.append(sums[ends[1:]] - sums[ends[:-1]])
-        self.lengths = np.concatenate(lengths or [np.zeros(0, np.int64)])
-        self.num_tokens = np.concatenate(num_tokens or [np.zeros(0, np.int64)])
+            num_tokens.append(sums[mask_ends[1:]] - sums[mask_ends[:-1]])
+        self.lengths, self.num_tokens = np.concatenate(lengths), np.concatenate(num_tokens)
+        self.hash = digest.hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -213,22 +241,13 @@ class _Rows:
         table = self._dataset[start:stop]
         return {name: _flat(table[name]) for name in self.names}
 
-    def digest(self) -> str:
-        """A hash of everything the teacher reads."""
-        digest = hashlib.sha256()
-        for start in range(0, len(self), 50_000):
-            for name, (values, ends) in self.read(start, start + 50_000).items():
-                digest.update(name.encode())
-                digest.update(np.ascontiguousarray(values, dtype=np.int32))
-                digest.update(np.ascontiguousarray(ends, dtype=np.int64))
-        return digest.hexdigest()[:32]
-
 
 def _flat(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    column = column.combine_chunks()
-    column = column.chunk(0) if hasattr(column, "chunks") else column
-    offsets = column.offsets.to_numpy()
-    return column.values.to_numpy()[offsets[0] : offsets[-1]], offsets.astype(np.int64) - offsets[0]
+    import pyarrow.compute
+
+    lengths = pyarrow.compute.list_value_length(column).to_numpy()
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return pyarrow.compute.list_flatten(column).to_numpy(), ends
 
 
 class _Job:
@@ -244,23 +263,21 @@ class _Job:
         *,
         dtype: Dtype,
         mixed_precision: MixedPrecision,
+        teacher_dtype: str | None,
         tokenizer: Any,
     ):
         self.rows, self.teacher, self.wanted, self.prefix, self.dtype = rows, teacher, wanted, prefix, dtype
-        self.autocast_dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+        self.autocast_dtype = _AUTOCAST[mixed_precision]
         self.problem = problem_of(teacher.model)
         if self.problem == "masked_lm":
             raise ValueError(
-                "a masked language model is asked about other tokens in every epoch, so that there is nothing to keep; "
-                "run the teacher in the training: teacher_model=..."
+                "a masked language model is asked about other tokens in every epoch, so that there is nothing to "
+                "keep; run the teacher in the training: teacher_model=..."
             )
         self.has_token_logits = self.problem not in SEQUENCE_PROBLEMS
         teacher.watch(wanted)
-        config = {**teacher.config.to_dict(), "model_type": teacher.config.model_type}
-        path = str(teacher.config._name_or_path)
-        config["_name_or_path"] = os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else path
         self.source = SignalSource(
-            config=json.loads(json.dumps(config, default=str)),
+            config=_portable_config(teacher.config),
             problem=self.problem,
             dtype=dtype,
             weights=teacher.weights,
@@ -268,16 +285,19 @@ class _Job:
             parameters=teacher.model.num_parameters(),
         )
         self.estimate = _estimate(rows, teacher.config, wanted, self.has_token_logits)
-        per_row = max(self.estimate.total_bytes // max(len(rows), 1), 1)
-        self.rows_per_shard = int(min(max(_SHARD_BYTES // per_row, 64), _MAX_SHARD_ROWS))
+        bytes_per_row = self.estimate.total_bytes // len(rows)
+        enough = min(max(len(rows) // _NUM_SHARDS, _MIN_SHARD_ROWS), _MAX_SHARD_ROWS)
+        self.rows_per_shard = max(min(_SHARD_BYTES // bytes_per_row, enough), 1)
         self.shards = ShardFolder(folder, num_shards=-(-len(rows) // self.rows_per_shard))
         self.fingerprint = {
             "teacher weights": teacher.weights,
+            "teacher config": _config_hash(self.source.config),
             "tokenizer": _tokenizer_hash(tokenizer),
-            "rows": {"number": len(rows), "hash": rows.digest(), "longest": int(rows.lengths.max(initial=0))},
+            "rows": {"number": len(rows), "hash": rows.hash, "longest": int(rows.lengths.max())},
             "wanted signals": vector_columns(wanted, prefix),
             "dtype": dtype,
             "mixed precision": mixed_precision,
+            "teacher dtype": teacher_dtype,
             "rows per shard": self.rows_per_shard,
             "hf_kd": metadata.version("hf_kd"),
             "transformers": metadata.version("transformers"),
@@ -291,19 +311,22 @@ class _Job:
         self.shards.check(self.fingerprint)
 
     def run(self, batch_size: int, state: PartialState) -> None:
-        """Make the shards of this process that are not there yet."""
-        own = range(state.process_index, self.shards.num_shards, state.num_processes)
-        missing = [index for index in own if not self.shards.is_complete(index)]
-        for index in logging.tqdm(missing, desc="teacher", disable=not (missing and state.is_main_process)):
-            table, rounding = self._make(index, batch_size)
-            self.shards.write(index, table, self._features(), {"rounding": rounding})
-        state.wait_for_everyone()
+        """Make the shards that are not there yet, each process its own."""
+        num_rounds = -(-self.shards.num_shards // state.num_processes)
+        for turn in logging.tqdm(range(num_rounds), desc="teacher", disable=not state.is_main_process):
+            index = turn * state.num_processes + state.process_index
+            if index < self.shards.num_shards and not self.shards.is_complete(index):
+                table, rounding = self._make(index, batch_size)
+                self.shards.write(index, table, self._features(), {"rounding": rounding})
+            # In each round: after a restart one process may have hours to do that others would wait at the end, and
+            # a process group gives up after minutes.
+            state.wait_for_everyone()
         if state.is_main_process:
             self._report()
 
     def load(self) -> Any:
         """The columns, memory mapped."""
-        return self.shards.load(self._features())
+        return self.shards.load()
 
     def _features(self) -> Any:
         import datasets
@@ -322,45 +345,39 @@ class _Job:
         start = index * self.rows_per_shard
         inputs = self.rows.read(start, start + self.rows_per_shard)
         num_tokens = self.rows.num_tokens[start : start + self.rows_per_shard]
-        num_rows = len(num_tokens)
-        logits = np.empty((num_rows, getattr(self.teacher.config, "num_labels", 0)), dtype=np.float32)
-        vectors: dict[str, np.ndarray] = {}
         ends = np.concatenate([[0], np.cumsum(num_tokens)])
+        row_logits = np.empty((len(num_tokens), getattr(self.teacher.config, "num_labels", 0)), dtype=np.float32)
+        vectors: dict[str, np.ndarray] = {}
         rounding: dict[str, float] = {}
         for chosen, signals in self._batches(inputs, batch_size):
-            named = self._named_vectors(signals)
-            if self.has_token_logits:
-                is_spans = self.problem == "question_answering"
-                named[f"{self.prefix}logits"] = signals.logits.transpose(1, 2) if is_spans else signals.logits
-            else:
-                self._check_finite(signals.logits, "logits")
-                logits[chosen] = signals.logits.float().cpu().numpy()
-            mask = signals.attention_mask.cpu().numpy().astype(bool)
-            for name, tensor in named.items():
-                is_first = name not in rounding
-                stored = tensor.to(DTYPES[self.dtype])
-                self._check_finite(stored, name, tensor)
-                if is_first:
-                    exact = tensor.float()
-                    rounding[name] = float((stored.float() - exact).norm() / exact.norm().clamp(min=1e-30))
-                    vectors[name] = np.empty((ends[-1], tensor.shape[-1]), dtype=STORED_AS[self.dtype])
+            if not self.has_token_logits:
+                self._check_finite(signals.logits, f"{self.prefix}logits")
+                row_logits[chosen] = signals.logits.float().cpu().numpy()
+            mask = signals.attention_mask.bool()
+            batch_ends = np.concatenate([[0], np.cumsum(num_tokens[chosen])])
+            for name, tensor in self._named_vectors(signals).items():
+                exact = tensor[mask]  # (tokens of the batch, width)
+                stored = exact.to(DTYPES[self.dtype])
+                self._check_finite(stored, name, exact)
+                if name not in vectors:
+                    error = (stored.float() - exact.float()).norm() / exact.float().norm().clamp(min=1e-30)
+                    rounding[name] = float(error)
+                    vectors[name] = np.empty((ends[-1], exact.shape[1]), dtype=STORED_AS[self.dtype])
                 array = stored.cpu().view(torch.int16).numpy().view(STORED_AS[self.dtype])
-                for row, values, is_token in zip(chosen, array, mask, strict=True):
-                    vectors[name][ends[row] : ends[row + 1]] = values[is_token]
+                for position, row in enumerate(chosen):
+                    piece = array[batch_ends[position] : batch_ends[position + 1]]
+                    vectors[name][ends[row] : ends[row + 1]] = piece
 
         def as_lists(array: np.ndarray, row_ends: np.ndarray) -> Any:
-            flat = pyarrow.array(array.reshape(-1))
-            return pyarrow.ListArray.from_arrays(pyarrow.array(row_ends.astype(np.int32)), flat)
+            offsets = pyarrow.array(row_ends.astype(np.int32))
+            return pyarrow.ListArray.from_arrays(offsets, pyarrow.array(array.reshape(-1)))
 
-        columns = {}
-        for name in self._features():
-            if name in vectors:
-                columns[name] = as_lists(vectors[name], ends * vectors[name].shape[1])
-            elif name == f"{self.prefix}logits":
-                columns[name] = as_lists(logits, np.arange(num_rows + 1) * logits.shape[1])
-            else:
-                columns[name] = pyarrow.array(np.zeros(num_rows, dtype=np.int64))
-        return pyarrow.table(columns), rounding
+        columns = {name: as_lists(array, ends * array.shape[1]) for name, array in vectors.items()}
+        if not self.has_token_logits:
+            row_ends = np.arange(len(row_logits) + 1) * row_logits.shape[1]
+            columns[f"{self.prefix}logits"] = as_lists(row_logits, row_ends)
+        columns[f"{self.prefix}signals"] = pyarrow.array(np.zeros(len(num_tokens), dtype=np.int64))
+        return pyarrow.table({name: columns[name] for name in self._features()}), rounding
 
     def _batches(
         self, inputs: dict[str, tuple[np.ndarray, np.ndarray]], batch_size: int
@@ -382,11 +399,15 @@ class _Job:
                     padded[index, : lengths[row]] = inputs[name][0][piece] if name in inputs else 1
                 batch[name] = torch.from_numpy(padded).to(device)
             with torch.inference_mode(), autocast:
-                yield chosen, self.teacher(batch)
+                signals = self.teacher(batch)
+            yield chosen, signals  # outside the block, which would go on in the code that reads this
 
     def _named_vectors(self, signals: Signals) -> dict[str, Tensor]:
-        """Column to vectors of shape `(batch, seq, width)`."""
+        """Column to what is of each token, of shape `(batch, seq, width)`."""
         found = {f"{self.prefix}hidden_{layer}": x for layer, x in signals.hidden.items()}
+        if self.has_token_logits:
+            is_spans = self.problem == "question_answering"  # (batch, 2, seq)
+            found[f"{self.prefix}logits"] = signals.logits.transpose(1, 2) if is_spans else signals.logits
         for kind in ("queries", "keys", "values"):
             for layer, x in getattr(signals, kind).items():
                 found[f"{self.prefix}{kind}_{layer}"] = x.transpose(1, 2).flatten(2)
@@ -400,31 +421,56 @@ class _Job:
                 f"{name} has numbers up to {float(exact.abs().max()):.3g}, and float16 ends at 65504; use "
                 "dtype='bfloat16'."
             )
-        raise ValueError(f"the teacher's {name} are not finite; look at its weights, or run it in float32.")
+        raise ValueError(
+            f"the teacher gives {name} that are not finite; look at its weights, or run it in float32 "
+            "(mixed_precision='no')."
+        )
 
     def _report(self) -> None:
         notes = self.shards.notes()
-        costs: dict[str, float] = {}
-        for note in notes:
-            for name, value in note.get("rounding", {}).items():
-                costs[name] = max(costs.get(name, 0.0), value)
         size = sum(note["bytes"] for note in notes)
+        costs = {name: max(note["rounding"][name] for note in notes) for name in notes[0]["rounding"]}
         self.shards.describe(self.fingerprint, {"bytes": size, "relative_rounding_error": costs})
-        worst = f"; {self.dtype} costs {max(costs.values()):.1e} of a vector's length" if costs else ""
-        logger.warning(f"{self.shards.folder} holds the teacher's signals: {size / 1e9:.2f} GB{worst}.")
+        worst = f"; {self.dtype} costs up to {max(costs.values()):.1e} of a vector's length" if costs else ""
+        logger.warning(f"{self.shards.folder} holds the teacher's signals: {_size(size)}{worst}.")
 
 
-def _check_rows(dataset: Any) -> None:
+def _portable_config(config: Any) -> dict[str, Any]:
+    """A config as JSON knows it, without the paths of this machine."""
+    values = json.loads(json.dumps({**config.to_dict(), "model_type": config.model_type}, default=str))
+    name = str(config._name_or_path or "")
+    # A Hub id has one slash at most, and is relative; what it named may be gone by now.
+    is_path = os.path.isdir(name) or os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
+    return {**values, "_name_or_path": os.path.basename(os.path.abspath(name)) if is_path else name}
+
+
+def _config_hash(config: dict[str, Any]) -> str:
+    """Of what decides what a model says, and how its classes are called."""
+    values = {name: x for name, x in config.items() if name not in ("_name_or_path", "transformers_version")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _check_rows(dataset: Any, models: Sequence[Any]) -> None:
     names = getattr(dataset, "column_names", None) or []
     if "input_ids" not in names or not hasattr(dataset, "flatten_indices"):
         raise ValueError(
-            f"cache_teacher_signals needs a datasets.Dataset of tokenized rows, with a column input_ids, but was given "
-            f"{type(dataset).__name__} with {names}; tokenize it first: "
+            "cache_teacher_signals needs a datasets.Dataset of tokenized rows, with a column input_ids, but was "
+            f"given {type(dataset).__name__} with {names}; tokenize it first: "
             "dataset.map(lambda rows: tokenizer(rows['sentence'], truncation=True), batched=True)."
         )
+    if len(dataset) == 0:
+        raise ValueError("the dataset has no rows, so that there is nothing to cache; look at what filtered it.")
     there = sorted(name for name in names if is_signal_column(name))
     if there:
-        raise ValueError(f"the rows have the columns {there} already; drop them with dataset.remove_columns.")
+        raise ValueError(f"the rows have the columns {there} already; drop them with dataset.remove_columns({there}).")
+    read = set().union(*(forward_columns(model) or () for model in models))
+    unread = sorted(read & set(names) - {*_INPUTS, *_LABELS})
+    if unread:
+        raise ValueError(
+            f"the teacher reads the columns {unread} of the rows, and cache_teacher_signals gives it "
+            f"{', '.join(_INPUTS)} alone; drop them with dataset.remove_columns({unread}), or run the teacher in the "
+            "training."
+        )
 
 
 def _check_space(jobs: list[_Job], output_dir: Path) -> None:
@@ -436,7 +482,7 @@ def _check_space(jobs: list[_Job], output_dir: Path) -> None:
     free = shutil.disk_usage(there).free
     if needed > 0.98 * free:
         raise ValueError(
-            f"caching needs {needed / 1e9:.2f} GB in {output_dir}, where {free / 1e9:.2f} GB are free; take another "
+            f"caching needs {_size(needed)} in {output_dir}, where {_size(free)} are free; take another "
             "folder, cache fewer layers (logits take a few bytes per row), or run the teacher in the training."
         )
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -115,17 +116,21 @@ def signals_of_columns(names: Sequence[str]) -> dict[str, tuple[set[str], Wanted
                 values=frozenset(of_tokens["values"]),
             ),
         )
-        for prefix, (of_rows, of_tokens) in sorted(found.items())
+        for prefix, (of_rows, of_tokens) in sorted(found.items(), key=lambda item: (len(item[0]), item[0]))
     }
 
 
 def with_fast_format(dataset: Any) -> Any:
-    """The same `datasets.Dataset`, whose rows hold views into the columns of vectors in place of lists of numbers."""
+    """The same `datasets.Dataset`, whose rows hold views into the columns of vectors in place of lists of numbers.
+
+    A dataset that was given a format or a transform keeps it: [`SignalsCollator`] reads any, and copies then.
+
+    Raises:
+        ValueError: If teachers' columns are of several dtypes.
+    """
     features = getattr(dataset, "features", None) or {}
-    if not hasattr(dataset, "with_format") or not hasattr(dataset, "format"):
-        return dataset
     names = [name for name, feature in features.items() if _is_stored_vectors(name, feature)]
-    if not names:
+    if not names or getattr(dataset, "format", {"type": ""})["type"] is not None:
         return dataset
     # The formatter would otherwise turn every float into float32, and every integer into int64.
     dtypes = {features[name].feature.dtype for name in names}
@@ -147,17 +152,20 @@ class TokenLengths:
     """
 
     def __init__(self, dataset: Any, name: str = "input_ids"):
-        import pyarrow.compute
-
-        batches = dataset.select_columns([name]).with_format("arrow").iter(batch_size=10_000)
-        lengths = [pyarrow.compute.list_value_length(batch[name]).to_numpy() for batch in batches]
-        self.lengths, self.name = np.concatenate(lengths or [np.zeros(0, dtype=np.int32)]), name
+        self._dataset, self.name = dataset, name
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._dataset)
 
     def __getitem__(self, index: int) -> dict[str, range]:
-        return {self.name: range(self.lengths[index])}
+        return {self.name: range(self._lengths[index])}
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:  # not read unless asked for
+        import pyarrow.compute
+
+        batches = self._dataset.select_columns([self.name]).with_format("arrow").iter(batch_size=10_000)
+        return np.concatenate([pyarrow.compute.list_value_length(batch[self.name]).to_numpy() for batch in batches])
 
 
 class SignalsCollator:
@@ -168,7 +176,7 @@ class SignalsCollator:
         has_token_logits (`bool`, *optional*, defaults to `False`): Whether logits are of tokens, and not of rows.
 
     Raises:
-        ValueError: If a row has not as many vectors as tokens.
+        ValueError: If a row has not as many vectors as tokens, or rows have vectors of different widths.
     """
 
     def __init__(
@@ -205,8 +213,16 @@ class SignalsCollator:
         return batch
 
 
+def sorted_labels(struct: Mapping[str, Any]) -> list[str]:
+    """The order in which a struct's numbers become a tensor: one for all datasets, whatever the order of theirs."""
+    return sorted(struct, key=str.casefold)
+
+
 def _of_rows(name: str, values: list[Any]) -> Tensor:
-    rows = [list(row.values()) if isinstance(row, Mapping) else np.atleast_1d(row) for row in values]
+    rows = [
+        [row[label] for label in sorted_labels(row)] if isinstance(row, Mapping) else np.atleast_1d(row)
+        for row in values
+    ]
     if len({len(row) for row in rows}) > 1:
         raise ValueError(f"{name} holds {sorted({len(row) for row in rows})} numbers; give each row one per label.")
     return torch.from_numpy(np.asarray(rows, dtype=np.float32))

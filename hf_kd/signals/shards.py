@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..results import write_whole
 
 
 _DESCRIPTION = "cache.json"
+_LEFTOVER_SECONDS = 3600
 
 
 class ShardFolder:
@@ -28,10 +30,15 @@ class ShardFolder:
         self.folder, self.num_shards = folder, num_shards
 
     def open(self, fingerprint: dict[str, Any]) -> None:
-        """Make the folder, or check it; on one process."""
+        """Make the folder, or check it; on one process.
+
+        Raises:
+            ValueError: If the folder holds something else.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
         if not (self.folder / _DESCRIPTION).is_file():
-            foreign = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("teacher_"))
+            foreign = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(_DESCRIPTION))
             if foreign:
                 raise ValueError(
                     f"{self.folder} holds {', '.join(foreign[:3])} and no {_DESCRIPTION}, so it is no cache; give an "
@@ -48,8 +55,10 @@ class ShardFolder:
         path = self.folder / _DESCRIPTION
         try:
             found = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-        except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); is the folder seen by all processes?") from None
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}); give a folder that every machine sees, or delete this one."
+            ) from None
         different = [name for name in fingerprint if found.get(name) != fingerprint[name]]
         if different:
             pairs = "; ".join(f"{name}: {found.get(name)} there, {fingerprint[name]} now" for name in different)
@@ -84,7 +93,7 @@ class ShardFolder:
             temporary.unlink(missing_ok=True)
         write_whole(path.with_suffix(".json"), json.dumps(found) + "\n")
 
-    def load(self, features: Any) -> Any:
+    def load(self) -> Any:
         """All shards as one memory-mapped dataset.
 
         Raises:
@@ -92,23 +101,34 @@ class ShardFolder:
         """
         import datasets
 
-        missing = [self._path(index).name for index in range(self.num_shards) if not self._note(index)]
-        if missing:
-            raise ValueError(
-                f"{self.folder} lacks {', '.join(missing[:3])} after all processes have written; give a folder that "
-                "every machine sees."
-            )
-        if self.num_shards == 0:
-            return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+        self.notes()
         return datasets.concatenate_datasets(
             [datasets.Dataset.from_file(str(self._path(index))) for index in range(self.num_shards)]
         )
 
     def notes(self) -> list[dict[str, Any]]:
-        return [self._note(index) for index in range(self.num_shards)]
+        """What was noted of each shard: `hash`, `bytes`, `rows`, and what [`write`] was given.
+
+        Raises:
+            ValueError: If one is missing.
+        """
+        notes = [self._note(index) for index in range(self.num_shards)]
+        missing = [self._path(index).name for index, note in enumerate(notes) if not note]
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks {', '.join(missing[:3])} after all processes have written; give a folder that "
+                "every machine sees."
+            )
+        return notes
 
     def bytes_on_disk(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("shard-*.arrow"))
+
+    def _remove_leftovers(self) -> None:
+        """Files that a killed build was writing; another that runs now renames its own within seconds."""
+        for path in self.folder.glob("*.tmp"):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                path.unlink(missing_ok=True)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}-of-{self.num_shards:05d}.arrow"

@@ -1,0 +1,507 @@
+"""The teacher runs once: what is read from disk trains as what it says now, and is made again if it is not whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset, make_model
+from datasets import Dataset, load_dataset, load_from_disk
+from scripts.cache_tiny import run as run_tiny
+from test_distributed import ROOT, launch
+from test_problem_types import collator_for, make_problem_dataset
+from torch.utils.data import SequentialSampler
+
+from hf_kd import DistillationTrainer
+from hf_kd.compat import length_grouping
+from hf_kd.signals import Wanted, cache
+from hf_kd.signals.cache import cache_teacher_signals, estimate_cache
+from hf_kd.signals.cached_teacher import CachedTeacher, PartlyCachedTeacher
+from hf_kd.signals.columns import SignalSource
+
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "cache_tiny.py"
+WANTED = Wanted(hidden=frozenset({0, 2, 4}), attention=frozenset({2, 4}), values=frozenset({4}))
+# Every kind of term between layers, besides the logits.
+ALL_TERMS = {"hidden_loss_weight": 1.0, "attention_loss_weight": 0.5, "relation_loss_weight": 0.5}
+# Of a loss, relative: half a unit in the last place of a vector's numbers is 2^-11 or 2^-8 of each, and a sum of
+# squares is off by twice that at most.
+TOLERANCE = {"float16": 2**-10, "bfloat16": 2**-7}
+
+
+class Forwards:
+    """Counts how often a model runs."""
+
+    def __init__(self, model):
+        self.number = 0
+        model.register_forward_pre_hook(self.add)
+
+    def add(self, *args):
+        self.number += 1
+
+
+def train(make_args, rows, tokenizer, teacher=None, *, problem="single_label_classification", **changes):
+    """The trainer, and the loss of every step with its terms."""
+    trainer = DistillationTrainer(
+        make_model(seed=2, num_hidden_layers=2, problem=problem),
+        make_args(optim="sgd", learning_rate=1e-4, **changes),
+        teacher_model=teacher,
+        train_dataset=rows,
+        data_collator=collator_for(problem, tokenizer),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    names = [log for log in trainer.state.log_history if "loss" in log]
+    return trainer, [{name: value for name, value in log.items() if name.endswith("loss")} for log in names]
+
+
+def assert_same_losses(found, expected, tolerance):
+    assert len(found) == len(expected) > 0
+    for log, wanted in zip(found, expected, strict=True):
+        assert log == pytest.approx(wanted, rel=tolerance, abs=1e-6)
+
+
+def columns_of(rows):
+    """The cached columns as numbers, exactly."""
+    names = [name for name in rows.column_names if name.startswith("teacher_")]
+    return rows.select_columns(names).to_dict()
+
+
+def shards(folder):
+    return sorted(folder.glob("shard-*.arrow"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(cache, "_MIN_SHARD_ROWS", 8)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "single_label_classification",
+        "multi_label_classification",
+        "regression",
+        "token_classification",
+        "question_answering",
+    ],
+)
+def test_online_cached_and_both_give_the_same_loss(tmp_path, make_args, tokenizer, problem):
+    """Vectors put at other tokens, layers mixed up or heads split differently train, to another loss."""
+    teacher = make_model(seed=1, problem=problem)
+    rows = make_problem_dataset(problem, num_rows=24)
+    changes = {"problem": problem, "max_steps": 3, **ALL_TERMS}
+    _, online = train(make_args, rows, tokenizer, teacher, **changes)
+    terms = {"task_loss", "logit_loss", "hidden_loss", "attention_loss", "relation_loss"}
+    assert set(online[0]) == {"loss", *terms}
+    for dtype, tolerance in TOLERANCE.items():
+        all_rows = cache_teacher_signals(rows, teacher, WANTED, tmp_path / dtype, dtype=dtype, batch_size=5)
+        trainer, cached = train(make_args, all_rows, tokenizer, **changes)
+        assert type(trainer.teacher) is CachedTeacher
+        assert_same_losses(cached, online, tolerance)
+    logits = cache_teacher_signals(rows, teacher, Wanted(), tmp_path / "logits")
+    trainer, both = train(make_args, logits, tokenizer, teacher, **changes)
+    assert type(trainer.teacher) is PartlyCachedTeacher
+    assert_same_losses(both, online, TOLERANCE["float16"])
+
+
+@pytest.mark.parametrize("family", ["albert", "roberta", "distilbert", "modernbert"])
+def test_other_families(tmp_path, make_args, tokenizer, family):
+    """Each names its layers, heads and inputs differently, and is described by a config of its own class."""
+    changes = {"pad_token_id": 0} if family == "roberta" else {}
+    teacher = make_model(family, seed=1, **changes)
+    rows = make_dataset(24)
+    terms = {"hidden_loss_weight": 1.0}
+    wanted = Wanted(hidden=frozenset({0, 2, 4}))
+    if family != "modernbert":
+        terms, wanted = ALL_TERMS, WANTED
+    _, online = train(make_args, rows, tokenizer, teacher, **terms)
+    rows = cache_teacher_signals(rows, teacher, wanted, tmp_path / "cache", batch_size=5)
+    trainer, cached = train(make_args, rows, tokenizer, **terms)
+    assert type(trainer.teacher.config) is type(teacher.config)
+    assert_same_losses(cached, online, TOLERANCE["float16"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_loss_type": "pkd", "hidden_loss_weight": 1.0},
+        {"gradient_accumulation_steps": 2, "max_steps": 5, **ALL_TERMS},
+        {"remove_unused_columns": False, **ALL_TERMS},
+        {**length_grouping(), **ALL_TERMS},
+        {"dataloader_num_workers": 1, **ALL_TERMS},
+    ],
+    ids=["pkd", "accumulation", "all columns", "grouped by length", "workers"],
+)
+def test_ways_to_train(tmp_path, make_args, tokenizer, teacher, changes):
+    """Rows in another order than the columns, or a batch counted twice, would not show in one step's loss: several
+    epochs, shuffled, with rows that have no label."""
+    rows = make_dataset(24, unlabeled_share=0.3)
+    changes = {"max_steps": 7, **changes}
+    _, online = train(make_args, rows, tokenizer, teacher, **changes)
+    rows = cache_teacher_signals(rows, teacher, WANTED, tmp_path / "cache")
+    _, cached = train(make_args, rows, tokenizer, **changes)
+    assert_same_losses(cached, online, TOLERANCE["float16"])
+
+
+def test_grouping_by_length_reads_no_signals(tmp_path, make_args, tokenizer, teacher, monkeypatch):
+    """The sampler asks every row for its length: with the vectors in them it would read the whole cache first."""
+    rows = cache_teacher_signals(make_dataset(24), teacher, WANTED, tmp_path / "cache")
+    trainer = DistillationTrainer(
+        make_model(seed=2, num_hidden_layers=2),
+        make_args(**length_grouping(), **ALL_TERMS),
+        train_dataset=rows,
+        data_collator=collator_for("single_label_classification", tokenizer),
+        processing_class=tokenizer,
+    )
+    read = []
+    original = Dataset._getitem
+    monkeypatch.setattr(
+        Dataset,
+        "_getitem",
+        lambda self, key, **kwargs: read.append(self.column_names) or original(self, key, **kwargs),
+    )
+    sampler = trainer._get_train_sampler(rows)
+    assert type(sampler).__name__ == "LengthGroupedSampler"
+    assert sampler.lengths == [len(row) for row in rows.select_columns(["input_ids"]).to_dict()["input_ids"]]
+    assert all(names == ["input_ids"] for names in read)
+
+
+def test_rows_as_they_come(tmp_path, teacher):
+    """Shuffled and selected rows are not in the order of their file, padded ones have positions that are no tokens,
+    and some tokenizers write no mask: each row keeps its own vectors."""
+    rows = make_dataset(24)
+    expected = columns_of(cache_teacher_signals(rows, teacher, WANTED, tmp_path / "plain"))
+
+    order = [5, 3, 17, 3]
+    found = columns_of(cache_teacher_signals(rows.select(order), teacher, WANTED, tmp_path / "selected"))
+    for name, values in expected.items():
+        for row, index in zip(found[name], order, strict=True):
+            assert row == pytest.approx(values[index], abs=5e-2)
+
+    def padded(row, is_left):
+        more = 30 - len(row["input_ids"])
+        return {
+            name: [0] * more + row[name] if is_left else row[name] + [0] * more
+            for name in ("input_ids", "attention_mask", "token_type_ids")
+        }
+
+    right = rows.map(lambda row: padded(row, is_left=False))
+    found = columns_of(cache_teacher_signals(right, teacher, WANTED, tmp_path / "right"))
+    assert [len(row) for row in found["teacher_hidden_2"]] == [len(row) for row in expected["teacher_hidden_2"]]
+    assert np.concatenate(found["teacher_hidden_4"]) == pytest.approx(
+        np.concatenate(expected["teacher_hidden_4"]), abs=5e-2
+    )
+    left = rows.map(lambda row: padded(row, is_left=True))  # at other positions: other vectors, as many
+    found = columns_of(cache_teacher_signals(left, teacher, WANTED, tmp_path / "left"))
+    assert [len(row) for row in found["teacher_keys_2"]] == [len(row) for row in expected["teacher_keys_2"]]
+
+    without = rows.remove_columns("attention_mask")
+    assert columns_of(cache_teacher_signals(without, teacher, WANTED, tmp_path / "no mask")) == expected
+    formatted = rows.with_format("torch")
+    assert columns_of(cache_teacher_signals(formatted, teacher, WANTED, tmp_path / "formatted")) == expected
+
+
+def test_left_padded_rows_train(tmp_path, make_args, tokenizer, teacher):
+    """Vectors of left-padded rows belong at the end of the row."""
+    rows = make_dataset(24).map(
+        lambda row: {
+            name: [0] * (20 - len(row[name])) + row[name] for name in ("input_ids", "attention_mask", "token_type_ids")
+        }
+    )
+    _, online = train(make_args, rows, tokenizer, teacher, **ALL_TERMS)
+    rows = cache_teacher_signals(rows, teacher, WANTED, tmp_path / "cache")
+    _, cached = train(make_args, rows, tokenizer, **ALL_TERMS)
+    assert_same_losses(cached, online, TOLERANCE["float16"])
+
+
+def test_several_teachers(tmp_path, make_args, tokenizer):
+    """Columns of one teacher must not be read as the other's."""
+    teachers = [make_model(seed=1), make_model(seed=3, num_hidden_layers=3, hidden_size=16)]
+    rows = make_dataset(24)
+    _, online = train(make_args, rows, tokenizer, teachers, teacher_weights=[0.8, 0.2])
+    cached_rows = cache_teacher_signals(rows, teachers, Wanted(), tmp_path / "cache")
+    _, cached = train(make_args, cached_rows, tokenizer, teacher_weights=[0.8, 0.2])
+    assert_same_losses(cached, online, 1e-5)
+    _, both = train(make_args, cached_rows, tokenizer, teachers, teacher_weights=[0.8, 0.2])
+    assert_same_losses(both, online, 1e-5)
+    with pytest.raises(ValueError, match="layers of 1 teachers, and there are 2"):
+        cache_teacher_signals(rows, teachers, [Wanted()], tmp_path / "other")
+
+
+def test_evaluation(tmp_path, make_args, tokenizer, teacher):
+    """Evaluating compares with the teacher on rows of their own: without it, what is read must be there."""
+    collator = collator_for("single_label_classification", tokenizer)
+    rows, others = make_dataset(16), make_dataset(20, seed=5)
+    cached = cache_teacher_signals(rows, teacher, Wanted(), tmp_path / "train")
+    cached_others = cache_teacher_signals(others, teacher, Wanted(), tmp_path / "evaluation")
+
+    def trainer(train_dataset, eval_dataset, teacher=None, **changes):
+        return DistillationTrainer(
+            make_model(seed=2, num_hidden_layers=2),
+            make_args(**changes),
+            teacher_model=teacher,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collator,
+            processing_class=tokenizer,
+        )
+
+    online = trainer(rows, others, teacher, eval_teacher_agreement=True).evaluate()
+    names = ("eval_loss", "eval_teacher_agreement", "eval_teacher_kl")
+    expected = pytest.approx({name: online[name] for name in names}, rel=1e-4)
+    for found in (
+        trainer(cached, cached_others, eval_teacher_agreement=True).evaluate(),
+        trainer(cached, others, teacher, eval_teacher_agreement=True).evaluate(),  # it runs where columns are missing
+    ):
+        assert {name: found[name] for name in names} == expected
+    assert trainer(cached, others).evaluate()["eval_loss"] == pytest.approx(online["eval_loss"])
+    with pytest.raises(ValueError, match="evaluation rows, which carry no signals"):
+        trainer(cached, others, eval_teacher_agreement=True)
+
+
+def test_again_reads_and_runs_nothing(tmp_path, teacher, small_shards, monkeypatch):
+    """A cache that is made anew in each run saves nothing."""
+    forwards = Forwards(teacher)
+    rows = make_dataset(24)
+    made = columns_of(cache_teacher_signals(rows, teacher, WANTED, tmp_path / "cache", batch_size=4))
+    assert forwards.number == 6 and len(shards(tmp_path / "cache")) == 3
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(0))  # nothing is written
+    assert columns_of(cache_teacher_signals(rows, teacher, WANTED, tmp_path / "cache", batch_size=8)) == made
+    assert forwards.number == 6
+
+
+def truncate(shard, note):
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def alter(shard, note):
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+def tear_note(shard, note):
+    note.write_text(note.read_text()[:20])
+
+
+def lose(shard, note):
+    shard.unlink()
+
+
+def lose_note(shard, note):
+    note.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, alter, tear_note, lose, lose_note])
+def test_what_is_not_whole_is_made_again(tmp_path, teacher, small_shards, damage):
+    """A disk that was full or a killed copy leaves files that can be read, with other numbers in them."""
+    rows = make_dataset(24)
+    folder = tmp_path / "cache"
+    made = columns_of(cache_teacher_signals(rows, teacher, WANTED, folder))
+    forwards = Forwards(teacher)
+    shard = shards(folder)[1]
+    before = shard.read_bytes()
+    damage(shard, shard.with_suffix(".json"))
+    assert columns_of(cache_teacher_signals(rows, teacher, WANTED, folder)) == made
+    assert forwards.number == 1 and shard.read_bytes() == before
+
+
+def test_another_folder_for_other_signals(tmp_path, teacher, tokenizer):
+    """Signals of another teacher or of other rows have the same shapes, and would train a wrong student."""
+    rows, folder = make_dataset(12), tmp_path / "cache"
+    cache_teacher_signals(rows, teacher, WANTED, folder)
+    renamed = make_model(seed=1, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+    for what, args, changes in (
+        ("teacher weights", (rows, make_model(seed=9), WANTED), {}),
+        ("teacher config", (rows, renamed, WANTED), {}),
+        ("rows", (make_dataset(12, seed=3), teacher, WANTED), {}),
+        ("wanted signals", (rows, teacher, Wanted()), {}),
+        ("dtype", (rows, teacher, WANTED), {"dtype": "bfloat16"}),
+        ("mixed precision", (rows, teacher, WANTED), {"mixed_precision": "bf16"}),
+        ("teacher dtype", (rows, teacher, WANTED), {"teacher_dtype": "bfloat16"}),
+        ("tokenizer", (rows, teacher, WANTED), {"tokenizer": tokenizer}),
+    ):
+        with pytest.raises(ValueError, match=rf"something else \({what}: .* there, .* now\)\. Give another folder"):
+            cache_teacher_signals(*args, folder, **changes)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="holds thesis.tex and no cache.json"):
+        cache_teacher_signals(rows, teacher, WANTED, tmp_path / "full")
+
+
+def test_another_teacher_than_the_columns_are_of(tmp_path, make_args, tokenizer, teacher):
+    """Logits of one teacher beside hidden states of another."""
+    rows = cache_teacher_signals(make_dataset(12), teacher, Wanted(), tmp_path / "cache")
+    with pytest.raises(ValueError, match="made by a teacher of other weights"):
+        train(make_args, rows, tokenizer, make_model(seed=9))
+
+
+def test_precision_of_the_teacher(tmp_path, make_args, tokenizer, teacher):
+    """A training in bfloat16 runs its teacher so; the cache holds what that teacher says."""
+    rows = make_dataset(24)
+    for name, of_cache in (("autocast", {"mixed_precision": "bf16"}), ("copy", {"teacher_dtype": "bfloat16"})):
+        changes = {"bf16": True} if name == "autocast" else {"teacher_dtype": "bfloat16"}
+        _, online = train(make_args, rows, tokenizer, teacher, **changes)
+        found = cache_teacher_signals(rows, teacher, Wanted(), tmp_path / name, **of_cache)
+        trainer, cached = train(make_args, found, tokenizer, **changes)
+        assert trainer.teacher.source.weights == cache.Teacher(teacher, teacher.config).weights
+        assert [log["logit_loss"] for log in cached] == pytest.approx([log["logit_loss"] for log in online], rel=3e-2)
+
+
+def test_disk_that_is_too_small(tmp_path, teacher, monkeypatch):
+    """It would be full after hours."""
+    forwards = Forwards(teacher)
+    rows = make_dataset(24)
+    estimate = estimate_cache(rows, teacher.config, WANTED)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("Usage", "free")(estimate.total_bytes))
+    with pytest.raises(ValueError, match=r"caching needs 0\.\d\d MB in .* where 0\.\d\d MB are free"):
+        cache_teacher_signals(rows, teacher, WANTED, tmp_path / "not there" / "cache")
+    assert forwards.number == 0 and not (tmp_path / "not there").exists()
+
+
+def test_the_estimate_is_what_is_written(tmp_path, teacher):
+    """Nobody can plan with a number that is off; files have a header of some kilobytes besides."""
+    for problem, wanted in (("single_label_classification", WANTED), ("token_classification", Wanted())):
+        rows = make_dataset(600)
+        model = make_model(seed=1, problem=problem)
+        is_of_tokens = problem == "token_classification"
+        estimate = estimate_cache(rows, model.config, wanted, has_token_logits=is_of_tokens)
+        assert estimate.tokens == sum(map(len, rows["input_ids"]))
+        cache_teacher_signals(rows, model, wanted, tmp_path / problem)
+        written = sum(path.stat().st_size for path in shards(tmp_path / problem))
+        assert 0 <= written - estimate.total_bytes < 12_000
+
+
+def test_numbers_that_cannot_be_stored(tmp_path, teacher):
+    """float16 would store infinity, and the training would end in NaN hours later; and nothing stays switched off."""
+    rows = make_dataset(12)
+    with torch.no_grad():
+        teacher.bert.encoder.layer[3].attention.self.query.weight.mul_(1e6)
+    wanted = Wanted(attention=frozenset({4}))
+    with pytest.raises(ValueError, match="teacher_queries_4 has numbers up to .* use dtype='bfloat16'"):
+        cache_teacher_signals(rows, teacher, wanted, tmp_path / "float16")
+    assert not torch.is_inference_mode_enabled()
+    cache_teacher_signals(rows, teacher, wanted, tmp_path / "bfloat16", dtype="bfloat16")
+    with torch.no_grad():
+        teacher.classifier.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the teacher gives teacher_logits that are not finite"):
+        cache_teacher_signals(rows, teacher, Wanted(), tmp_path / "nan")
+
+
+def test_what_cannot_be_cached(tmp_path, teacher):
+    """Each would train on something else than was asked for."""
+    rows = make_dataset(4)
+    with pytest.raises(ValueError, match="other tokens in every epoch"):
+        cache_teacher_signals(rows, make_model(problem="masked_lm"), Wanted(), tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"tokenized rows, with a column input_ids, but was given Dataset with \['te"):
+        cache_teacher_signals(Dataset.from_dict({"text": ["a"]}), teacher, Wanted(), tmp_path / "cache")
+    with pytest.raises(ValueError, match="no rows, so that there is nothing to cache"):
+        cache_teacher_signals(rows.select([]), teacher, Wanted(), tmp_path / "cache")
+    with pytest.raises(ValueError, match="columns \\['teacher_logits'\\] already"):
+        cache_teacher_signals(rows.add_column("teacher_logits", [[0.0]] * 4), teacher, Wanted(), tmp_path / "cache")
+    with pytest.raises(ValueError, match="the teacher reads the columns \\['position_ids'\\]"):
+        cache_teacher_signals(rows.add_column("position_ids", [[0]] * 4), teacher, Wanted(), tmp_path / "cache")
+    with pytest.raises(ValueError, match="dtype='float32' must be one of 'float16', 'bfloat16'"):
+        cache_teacher_signals(rows, teacher, Wanted(), tmp_path / "cache", dtype="float32")
+    with pytest.raises(ValueError, match="mixed_precision='bfloat16' must be one of 'no', 'bf16', 'fp16'"):
+        cache_teacher_signals(rows, teacher, Wanted(), tmp_path / "cache", mixed_precision="bfloat16")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_dataset_like_any_other(tmp_path, make_args, tokenizer, teacher, dtype):
+    """It goes to the Hub as Parquet and comes back: bits of vectors, and what describes them, must survive."""
+    rows = cache_teacher_signals(make_dataset(24), teacher, WANTED, tmp_path / "cache", dtype=dtype)
+    _, expected = train(make_args, rows, tokenizer, **ALL_TERMS)
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    rows.save_to_disk(str(tmp_path / "rows"))
+    read = load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), split="train", cache_dir=str(tmp_path))
+    for found in (read, load_from_disk(str(tmp_path / "rows")), rows.map(lambda row: {"is_new": True})):
+        assert found.features["teacher_signals"] == rows.features["teacher_signals"]
+        assert train(make_args, found, tokenizer, **ALL_TERMS)[1] == expected
+    # The card of a pushed dataset names the features in YAML.
+    card = rows.info.features._to_yaml_list()
+    assert type(rows.features)._from_yaml_list(json.loads(json.dumps(card))) == rows.features
+
+
+def test_no_path_of_the_machine(tmp_path, teacher):
+    """Pushed with the dataset, a path tells the user's name."""
+    teacher.save_pretrained(tmp_path / "someone" / "best-teacher")
+    loaded = type(teacher).from_pretrained(tmp_path / "someone" / "best-teacher")
+    (tmp_path / "someone").rename(tmp_path / "moved")
+    rows = cache_teacher_signals(make_dataset(12), loaded, Wanted(), tmp_path / "cache")
+    source = SignalSource.from_json(rows.features["teacher_signals"].names[0])
+    assert source.config["_name_or_path"] == "best-teacher"
+    assert (source.architecture, source.parameters) == (type(teacher).__name__, teacher.num_parameters())
+    for path in (tmp_path / "cache").iterdir():
+        assert os.fsencode(tmp_path) not in path.read_bytes()
+    loaded.config._name_or_path = "org/name"
+    assert cache._portable_config(loaded.config)["_name_or_path"] == "org/name"
+
+
+def test_killed_and_started_again(tmp_path, teacher, small_shards):
+    """What was made before a kill is kept, what was being made is not read, and no file is left behind."""
+    folder = tmp_path / "cache"
+    settings = {"folder": str(folder), "shard_rows": 8, "num_rows": 80, "seconds_per_forward": 0.25}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    process = subprocess.Popen([sys.executable, str(SCRIPT), json.dumps(settings)], env=environment)
+    until = time.monotonic() + 60
+    while len(list(folder.glob("shard-*.json"))) < 3:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*.json")}
+    assert 3 <= len(kept) < 10
+    leftover = folder / "shard-00009-of-00010.1.tmp"
+    leftover.write_bytes(b"half")
+    os.utime(leftover, (0, 0))
+
+    forwards = Forwards(teacher)
+    rows = make_dataset(80)
+    found = cache_teacher_signals(rows, teacher, WANTED, folder, batch_size=8)
+    assert forwards.number == 10 - len(kept) and not list(folder.glob("*.tmp"))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert columns_of(found) == columns_of(
+        cache_teacher_signals(rows, teacher, WANTED, tmp_path / "whole", batch_size=8)
+    )
+
+
+@pytest.mark.distributed
+def test_two_processes_make_and_train_what_one_does(tmp_path, small_shards):
+    """Each process makes shards of its own: rows of one must not end beside the columns of another's."""
+
+    def settings(processes):
+        folders = {"folder": str(tmp_path / f"cache_{processes}"), "output": str(tmp_path / f"out_{processes}")}
+        return {"num_rows": 36, "shard_rows": 8, "batch_size": 8 // processes, **folders}
+
+    run_tiny(settings(1))
+    launch(SCRIPT, json.dumps(settings(2)), processes=2)
+    one, two = (shards(tmp_path / f"cache_{processes}") for processes in (1, 2))
+    assert len(one) == 5 and [path.name for path in one] == [path.name for path in two]
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+    made = [json.loads((tmp_path / "out_2" / f"made_{rank}.json").read_text()) for rank in range(2)]
+    assert made == [3, 2]
+    (alone,) = [json.loads((tmp_path / "out_1" / "rank_0.json").read_text())]
+    for rank in range(2):
+        found = json.loads((tmp_path / "out_2" / f"rank_{rank}.json").read_text())
+        assert found["student"] == pytest.approx(alone["student"], abs=2e-6)
+    found = json.loads((tmp_path / "out_2" / "rank_0.json").read_text())
+    assert_same_losses(found["logs"], alone["logs"], 1e-4)
+
+
+def test_sequential_reading_keeps_the_order(tmp_path, make_args, tokenizer, teacher):
+    """Prediction reads the rows as they are: in another order, answers belong to other rows."""
+    rows = cache_teacher_signals(make_dataset(12), teacher, Wanted(), tmp_path / "cache")
+    trainer, _ = train(make_args, rows, tokenizer)
+    assert isinstance(trainer._get_eval_sampler(rows), SequentialSampler)
+    assert trainer.predict(rows).label_ids.tolist() == rows["labels"][:]
