@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .cpu import cpu_facts
+from .files import write_whole
 
 
 ROLES = {
@@ -49,13 +50,6 @@ def write_results(path: str | os.PathLike, rows: Sequence[dict[str, Any]], **sec
     """
     results = {"run": describe_run(), "rows": list(rows), **sections}
     write_whole(path, json.dumps(results, indent=2) + "\n")
-
-
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write a text file, complete or not at all: a kill leaves the one before."""
-    temporary = Path(f"{os.fspath(path)}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def read_results(path: str | os.PathLike) -> dict[str, Any]:

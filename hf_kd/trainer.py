@@ -70,6 +70,7 @@ class DistillationTrainer(PublishingTrainer):
 
     # Set by Trainer.__init__
     model: Any
+    data_collator: Any
     _signature_columns: Any
     compute_loss_func: Any
     model_accepts_loss_kwargs: Any
@@ -167,7 +168,9 @@ class DistillationTrainer(PublishingTrainer):
         return super()._get_dataloader(with_fast_format(dataset), *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return super()._get_train_sampler(_without_signals(self.train_dataset if train_dataset is None else train_dataset))
+        return super()._get_train_sampler(
+            _without_signals(self.train_dataset if train_dataset is None else train_dataset)
+        )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return super()._get_eval_sampler(_without_signals(eval_dataset))
@@ -397,9 +400,9 @@ class DistillationTrainer(PublishingTrainer):
             return
         if self.distillation_objective.student_wanted != Wanted():
             raise ValueError(
-                "torch_compile=True runs the forward without the hooks that read what is between the layers, so hidden, "
-                "attention and relation terms would compare nothing; set torch_compile=False, or the weights of these "
-                "terms to 0."
+                "torch_compile=True runs the forward without the hooks that read what is between the layers, so "
+                "hidden, attention and relation terms would compare nothing; set torch_compile=False, or the weights "
+                "of these terms to 0."
             )
         options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
         for teacher in getattr(self.teacher, "teachers", [self.teacher]):

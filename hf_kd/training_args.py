@@ -209,8 +209,8 @@ class DistillationTrainingArguments(TrainingArguments):
     teacher_labels: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of the classes of the columns teacher_logits and teacher_probs, in their order, where these "
-            "are lists of numbers from elsewhere."
+            "help": "Names of the classes of the columns teacher_logits and teacher_probs, in their order, where "
+            "these are lists of numbers from elsewhere."
         },
     )
 

@@ -56,7 +56,8 @@ from hf_kd.deploy.hub import push_student
 from hf_kd.deploy.model_card import card_problems_warn, write_model_card
 from hf_kd.distributed import end_training
 from hf_kd.glue import GLUE_TASKS, TextTask, compute_metrics_fn
-from hf_kd.record import describe_distillation, identify, remove_deployment
+from hf_kd.origin import identify
+from hf_kd.record import describe_distillation, remove_deployment
 from hf_kd.results import format_table, write_results
 from hf_kd.signals import problem_of
 from hf_kd.signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer, reorder_labels

@@ -37,8 +37,9 @@ from transformers import TrainingArguments
 
 from hf_kd.deploy.model_card import card_problems_warn, write_model_card
 from hf_kd.deploy.report import require_matplotlib
+from hf_kd.files import write_whole
 from hf_kd.glue import GLUE_TASKS, TextTask
-from hf_kd.results import describe_command, format_table, read_results, write_results, write_whole
+from hf_kd.results import describe_command, format_table, read_results, write_results
 from hf_kd.significance import paired_bootstrap
 
 

@@ -16,6 +16,7 @@ from hf_kd.augmentation import augment
 from hf_kd.compat import hardware_defaults, length_grouping
 from hf_kd.demo_task import generate_demo_task
 from hf_kd.deploy.hub import open_repository
+from hf_kd.files import write_whole
 from hf_kd.glue import (
     GLUE_TASKS,
     UNLABELED,
@@ -25,7 +26,6 @@ from hf_kd.glue import (
     load_unlabeled_file,
     tokenize,
 )
-from hf_kd.results import write_whole
 
 
 @dataclass

@@ -12,7 +12,7 @@ import yaml
 
 from hf_kd.deploy.benchmark import ONNX_FILES
 from hf_kd.deploy.report import plot_pareto
-from hf_kd.results import write_whole
+from hf_kd.files import write_whole
 
 
 # A student in a precision: `student` (its number), `precision`, `arguments`, `metric`, `latency_ms`, `size_bytes`.

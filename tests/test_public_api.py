@@ -48,7 +48,7 @@ def imported():
 
 def test_import_asks_for_no_more_than_the_trainer_needs(imported):
     """A project that only adds the trainer would pay for `datasets`, `evaluate` and an ONNX stack."""
-    assert imported["asked"] == ["accelerate", "safetensors", "torch", "transformers"]
+    assert imported["asked"] == ["accelerate", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"]
 
 
 def test_import_brings_no_evaluation_and_no_export(imported):

@@ -24,7 +24,8 @@ from hf_kd import (
     cache_teacher_signals,
     student_from_teacher,
 )
-from hf_kd.record import describe_distillation, identify, record_distillation, remove_deployment
+from hf_kd.origin import identify
+from hf_kd.record import describe_distillation, record_distillation, remove_deployment
 from hf_kd.results import read_results, write_results
 from hf_kd.signals import Wanted
 

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from hf_kd.results import describe_run, format_table, read_results, write_results, write_whole
+from hf_kd.files import write_whole
+from hf_kd.results import describe_run, format_table, read_results, write_results
 
 
 def make_row(role, value, seed=0, task="sst2", parameters=66_955_010, **more):

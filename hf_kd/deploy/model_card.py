@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .. import __version__
 from ..checkpoint import has_tokenizer
+from ..files import write_whole
 from ..results import format_table, read_results, write_results
 from . import FP32_FILE, INT8_FILE, card_text
 from .references import GLUE_TEXTS
@@ -122,9 +123,7 @@ def write_model_card(
         write_results(results_file, **results)  # its `run` among them
     card = StudentCard.read(folder, {**results.get("card", {}), **given}, results)
     text = str(ModelCard.from_template(card.metadata(), template_path=str(TEMPLATE), **card.sections()))
-    temporary = folder / "README.md.tmp"
-    temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, text.rstrip() + "\n")
     return path
 
 

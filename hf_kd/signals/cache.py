@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..compat import hardware_defaults
+from ..origin import identify
 from .batch import Signals
 from .capture import Wanted, forward_columns
 from .columns import STORED_AS, SignalSource, column_prefix, is_signal_column, vector_columns
@@ -283,6 +284,7 @@ class _Job:
             weights=teacher.weights,
             architecture=type(teacher.model).__name__,
             parameters=teacher.model.num_parameters(),
+            origin=identify(teacher.config),
         )
         self.estimate = _estimate(rows, teacher.config, wanted, self.has_token_logits)
         bytes_per_row = self.estimate.total_bytes // len(rows)

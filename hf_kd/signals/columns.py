@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,7 @@ class SignalSource:
         weights (`str`): Hash of the teacher's weights; empty if no model is behind the columns.
         architecture (`str`): Name of the teacher's class.
         parameters (`int`): Number of the teacher's parameters.
+        origin (`dict`): Name, commit and licence of the teacher's checkpoint, see [`~hf_kd.origin.identify`].
     """
 
     config: dict[str, Any]
@@ -48,6 +49,7 @@ class SignalSource:
     weights: str = ""
     architecture: str = ""
     parameters: int = 0
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)

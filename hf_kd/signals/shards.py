@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..results import write_whole
+from ..files import write_whole
 
 
 _DESCRIPTION = "cache.json"
