@@ -32,12 +32,11 @@ from .signals.cached_teacher import AnyTeacher, join_teachers, teachers_of_colum
 from .signals.capture import columns_for, forward_columns
 from .signals.columns import SignalsCollator, TokenLengths, is_signal_column, with_fast_format
 from .signals.problem import SEQUENCE_PROBLEMS
-from .signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer
+from .signals.teacher import AUTOCAST_DTYPES, check_tokenizers, load_teacher, load_teacher_tokenizer
 from .training_args import DistillationTrainingArguments
 
 
 PROJECTION_NAME = "projection.safetensors"
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TeacherModel: TypeAlias = PreTrainedModel | str | os.PathLike
 
 
@@ -370,7 +369,7 @@ class DistillationTrainer(PublishingTrainer):
             dtype=self.args.teacher_dtype,
             device=self.args.device,
             reads_own_tokens=reads_own_tokens,
-            autocast_dtype=_AUTOCAST.get(self.accelerator.mixed_precision),
+            autocast_dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision),
         )
 
     def _freeze_embeddings(self) -> None:

@@ -176,6 +176,11 @@ def _attention_loss(
     values = []
     for s, t in binding.attention_pairs[term.name]:
         reach = _reach(student, s, teacher, t)
+        if term.type == "mse" and term.head_reduction is None and reach is None:
+            vectors = (student.queries[s], student.keys[s]), (teacher.queries[t], teacher.keys[t])
+            num_pairs = num_items and num_items.token_pairs
+            values.append(losses.attention_vectors_mse(*vectors, student.attention_mask, num_items=num_pairs))
+            continue
         name = "tokens" if reach is not None else _ATTENTION_ITEMS[term.type]
         value = loss(
             losses.attention_scores(student.queries[s], student.keys[s]),

@@ -22,6 +22,8 @@ from .problem import has_classes, problem_of
 
 logger = logging.get_logger(__name__)
 
+# accelerate's names of what a run's autocast computes in.
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LABELS = ("labels", "start_positions", "end_positions")
 # Columns of a batch that are a teacher's alone, made by its own tokenizer.

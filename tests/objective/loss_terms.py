@@ -236,6 +236,11 @@ def minilm_v1(student: list, teacher: list) -> float:
     return sum(attention_kl(maps(student, *names), maps(teacher, *names)) for names in ((0, 1), (2, 2)))
 
 
+def vectors_mse(student: list, teacher: list) -> float:
+    maps = [token_relations([row[0] for row in rows], [row[1] for row in rows]) for rows in (student, teacher)]
+    return attention_mse(*maps)
+
+
 # Relations of texts.
 def similarity(student: list, teacher: list) -> float:
     def normalized(rows: list) -> Row:
@@ -411,6 +416,11 @@ V2_WEIGHTED = partial(V2, relation_weights=(0.5, 0.0, 2.0))
 OTHER_HEADS = {"teacher_shape": (BATCH, 3, 3, SEQ, HIDDEN), "same_axes": (0, 3)}  # 3 heads of 4 for 2 heads of 4
 OTHER_WIDTH = {"teacher_shape": (BATCH, 3, HEADS, SEQ, 6), "same_axes": (0, 2, 3)}
 
+
+def of_vectors(student: tuple, teacher: tuple, mask: Tensor, **kwargs) -> Tensor:
+    return losses.attention_vectors_mse(student[:2], teacher[:2], mask, **kwargs)
+
+
 TERMS = [
     *of_logits("logit_kl", row_kl, 1.0),
     *of_logits("logit_kl", row_kl, 4.0),
@@ -455,6 +465,7 @@ TERMS = [
         same_axes=(0, 2),
     ),
     *of_attention("attention_mse", attention_mse, count_pairs),
+    Term("attention_vectors_mse", "vectors", of_vectors, vectors_mse, count_pairs, **OTHER_WIDTH),
     *of_attention("attention_kl", attention_kl, count_tokens),
     *of_attention("attention_cosine", attention_cosine, count_tokens),
     Term("relation_minilm_v2", "vectors", V2, partial(minilm_v2, relation_heads=4), count_tokens, **OTHER_HEADS),

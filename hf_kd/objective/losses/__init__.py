@@ -11,7 +11,7 @@ Conventions that hold for every function here:
 - nothing valid gives 0 with a zero gradient, never NaN.
 """
 
-from .attention import attention_cosine, attention_kl, attention_mse, attention_scores
+from .attention import attention_cosine, attention_kl, attention_mse, attention_scores, attention_vectors_mse
 from .hidden import first_token, hidden_cosine, hidden_gram, hidden_mse, hidden_nst, hidden_pkd
 from .logits import (
     logit_decoupled_kl,
@@ -40,6 +40,7 @@ __all__ = [
     "attention_kl",
     "attention_mse",
     "attention_scores",
+    "attention_vectors_mse",
     "first_token",
     "hidden_cosine",
     "hidden_gram",

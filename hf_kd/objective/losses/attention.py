@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import LOWEST, comparable, denominator, require, require_mask, shape
+from .slices import sum_of_squared_errors
 
 
 HeadReduction = Literal["mean"]
@@ -21,6 +22,41 @@ def attention_scores(query: Tensor, key: Tensor) -> Tensor:
         key (`torch.Tensor` of shape `(batch, heads, seq, head_size)`): Key vectors.
     """
     return query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5
+
+
+def attention_vectors_mse(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], mask: Tensor, *, num_items: Tensor | None = None
+) -> Tensor:
+    """[`attention_mse`] of the scores of these vectors, in a fraction of the memory: no map of scores is kept.
+
+    Args:
+        student (tuple of two `torch.Tensor` of shape `(batch, heads, seq, head_size)`): Queries and keys of the
+            student.
+        teacher (tuple of two `torch.Tensor` of shape `(batch, heads, seq, teacher_head_size)`): The teacher's.
+        mask (`torch.Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding.
+        num_items (`torch.Tensor`, *optional*): Number of (query, key) pairs to divide by.
+
+    Returns:
+        `torch.Tensor`: Scalar, in squared score units.
+
+    Raises:
+        ValueError: If batch, heads or length differ, or the mask does not fit.
+    """
+    query, teacher_query = student[0], teacher[0]
+    require(
+        query.shape[1] == teacher_query.shape[1],
+        f"the student has {query.shape[1]} attention heads and the teacher {teacher_query.shape[1]}, which cannot be "
+        "compared one by one; use relation_loss_type='minilm_v2'.",
+    )
+    require(
+        query.shape[:3] == teacher_query.shape[:3],
+        f"student and teacher cannot be compared: shapes {shape(query)} and {shape(teacher_query)} differ in batch or "
+        "length.",
+    )
+    require_mask(mask, query)
+    pairs = [tuple(valid_vectors(x, mask) for x in of_model) for of_model in (student, teacher)]
+    count = query.shape[1] * denominator(mask.sum(dim=1).square().sum(), num_items)
+    return sum_of_squared_errors(pairs[0], tuple(x.detach() for x in pairs[1])) / count
 
 
 def attention_mse(
@@ -128,6 +164,11 @@ def _log_attention_pair(
             x.logsumexp(dim=1, keepdim=True) - math.log(x.shape[1]) for x in (log_student, log_teacher)
         )
     return log_student, log_teacher, is_pair
+
+
+def valid_vectors(vectors: Tensor, mask: Tensor) -> Tensor:
+    """The vectors in float32, zeros in the padding: inf there would reach every gradient through the product."""
+    return vectors.float().masked_fill(~mask.bool()[:, None, :, None], 0.0)
 
 
 def _pairs(mask: Tensor, reach: int | None) -> Tensor:

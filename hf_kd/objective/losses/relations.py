@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import LOWEST, denominator, require, require_mask, shape, unit
-from .attention import attention_kl, attention_scores
+from .attention import attention_kl, attention_scores, valid_vectors
+from .slices import sum_of_divergences
 
 
 Vectors = tuple[Tensor, Tensor, Tensor]
@@ -63,8 +64,12 @@ def relation_minilm_v2(
         _require_same_tokens(x_student, x_teacher, mask)
         _require_divisor(relation_heads, x_student, x_teacher)
         if weight > 0.0:
-            relation_student, relation_teacher = (_relation(x, mask, relation_heads) for x in (x_student, x_teacher))
-            value = attention_kl(relation_student, relation_teacher, mask, reach=reach, num_items=num_items)
+            split = [_relation_heads(x, mask, relation_heads) for x in (x_student, x_teacher.detach())]
+            if reach is None:
+                value = sum_of_divergences(*split, mask) / relation_heads / denominator(mask.sum(), num_items)
+            else:
+                scores = [attention_scores(x, x) for x in split]
+                value = attention_kl(*scores, mask, reach=reach, num_items=num_items)
             values.append(weight * value)
     return torch.stack(values).sum()
 
@@ -108,7 +113,7 @@ def relation_minilm_v1(
         )
 
     def scores(vectors: Vectors) -> tuple[Tensor, Tensor]:
-        query, key, value = (_tokens(x, mask) for x in vectors)
+        query, key, value = (valid_vectors(x, mask) for x in vectors)
         return attention_scores(query, key), attention_scores(value, value)
 
     pairs = zip(scores(student), scores(teacher), strict=True)
@@ -286,16 +291,10 @@ def _require_divisor(relation_heads: int, student: Tensor, teacher: Tensor) -> N
             )
 
 
-def _relation(vectors: Tensor, mask: Tensor, relation_heads: int) -> Tensor:
-    """Scores of each token with each other, of shape `(batch, relation_heads, seq, seq)`."""
-    joined = _tokens(vectors, mask).transpose(1, 2).flatten(2)  # (batch, seq, heads * head_size)
-    split = joined.unflatten(-1, (relation_heads, -1)).transpose(1, 2)
-    return attention_scores(split, split)
-
-
-def _tokens(vectors: Tensor, mask: Tensor) -> Tensor:
-    """The vectors in float32, zeros in the padding: inf there would reach every gradient through the product."""
-    return vectors.float().masked_fill(~mask.bool()[:, None, :, None], 0.0)
+def _relation_heads(vectors: Tensor, mask: Tensor, relation_heads: int) -> Tensor:
+    """The vectors split anew, of shape `(batch, relation_heads, seq, width / relation_heads)`."""
+    joined = valid_vectors(vectors, mask).transpose(1, 2).flatten(2)  # (batch, seq, heads * head_size)
+    return joined.unflatten(-1, (relation_heads, -1)).transpose(1, 2).contiguous()
 
 
 def _comparable_texts(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
