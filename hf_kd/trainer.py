@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .agreement import TeacherAgreement
-from .objective import DistillationObjective, LogitTerm, TaskTerm
+from .evaluating import EvaluatingTrainer
+from .objective import DistillationObjective, TaskTerm
 from .publishing import PublishingTrainer
 from .resumption import ResumeNotes
 from .signals import (
@@ -30,7 +30,7 @@ from .signals import (
 )
 from .signals.cached_teacher import AnyTeacher, join_teachers, teachers_of_columns
 from .signals.capture import columns_for, forward_columns
-from .signals.columns import SignalsCollator, TokenLengths, is_signal_column, with_fast_format
+from .signals.columns import SignalsCollator, has_signal_columns
 from .signals.problem import SEQUENCE_PROBLEMS
 from .signals.teacher import AUTOCAST_DTYPES, check_tokenizers, load_teacher, load_teacher_tokenizer
 from .training_args import DistillationTrainingArguments
@@ -40,7 +40,7 @@ PROJECTION_NAME = "projection.safetensors"
 TeacherModel: TypeAlias = PreTrainedModel | str | os.PathLike
 
 
-class DistillationTrainer(PublishingTrainer):
+class DistillationTrainer(PublishingTrainer, EvaluatingTrainer):
     """A [`~transformers.Trainer`] whose student also learns from a teacher.
 
     Training adds the terms of the objective; evaluation, prediction and saving are those of `Trainer`: no teacher
@@ -96,7 +96,7 @@ class DistillationTrainer(PublishingTrainer):
         given = teacher_model if isinstance(teacher_model, list | tuple) else [teacher_model]
         self._given_teachers = [teacher for teacher in given if teacher is not None]
         self.teacher: AnyTeacher | TeacherEnsemble | None = None
-        if any(map(_has_signal_columns, [self.train_dataset, *self._eval_datasets()])):
+        if any(map(has_signal_columns, [self.train_dataset, *self.eval_datasets()])):
             has_token_logits = problem_of(self.model) not in SEQUENCE_PROBLEMS
             self.data_collator = SignalsCollator(self.data_collator, has_token_logits=has_token_logits)
         self._set_up_distillation()
@@ -118,7 +118,10 @@ class DistillationTrainer(PublishingTrainer):
         if self.teacher is None and needs_teacher:
             labels = self.args.teacher_labels
             cached = teachers_of_columns(self.train_dataset, self.model.config, self.problem, labels)
-            run = [self._load_teacher(teacher, reads_own_tokens) for teacher in self._given_teachers]
+            run = [
+                self._load_teacher(teacher, reads_own_tokens, notes_weights=bool(cached))
+                for teacher in self._given_teachers
+            ]
             self.teacher = join_teachers(cached, run)
         objective.bind(
             self.model.config,
@@ -127,10 +130,10 @@ class DistillationTrainer(PublishingTrainer):
             shares_tokens=not reads_own_tokens,
         )
         objective.to(self.args.device)
-        self.teacher_agreement = self._make_teacher_agreement(not reads_own_tokens)
+        self.teacher_agreement = self.make_teacher_agreement(not reads_own_tokens)
         if self.teacher is not None:
             self.teacher.watch(objective.teacher_wanted)  # type: ignore[arg-type]
-            self._check_agreement_rows()
+            self.check_agreement_rows(has_model=bool(self._given_teachers))
         self._freeze_embeddings()
         self.student_columns = forward_columns(self.model)
         self.capture = Capture(self.model, objective.student_wanted)
@@ -163,17 +166,6 @@ class DistillationTrainer(PublishingTrainer):
             texts = getattr(self.data_collator, "text_columns", ())
             self._signature_columns = sorted({*self._signature_columns, *self.teacher.columns, *texts})
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        return super()._get_dataloader(with_fast_format(dataset), *args, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return super()._get_train_sampler(
-            _without_signals(self.train_dataset if train_dataset is None else train_dataset)
-        )
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        return super()._get_eval_sampler(_without_signals(eval_dataset))
-
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, ItemCounts | None]:
@@ -188,49 +180,6 @@ class DistillationTrainer(PublishingTrainer):
         self._num_labels_in_step = num_labels
         # DDP averages gradients over the processes: dividing by the mean count makes that the sum over all of them.
         return batches, ItemCounts(*(counts / self.accelerator.num_processes))
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
-        """As `Trainer`, on the student's own columns, and with the logits alone: all its states would fill the
-        memory."""
-        if ignore_keys is None:
-            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", [])
-        ignore_keys = [*ignore_keys, "hidden_states", "attentions"]
-        agreement = self.teacher_agreement
-        accepts, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, self._student_accepts_loss_kwargs
-        try:
-            student_inputs = columns_for(self.student_columns, inputs)
-            loss_only = prediction_loss_only and agreement is None
-            loss, logits, labels = super().prediction_step(model, student_inputs, loss_only, ignore_keys)
-        finally:
-            self.model_accepts_loss_kwargs = accepts
-        if agreement is not None:
-            inputs = self._prepare_inputs(inputs)
-            with self.accelerator.autocast():
-                teachers = self.teacher(inputs)  # type: ignore[misc]
-            compared = agreement.compare(logits, columns_for(self.student_columns, inputs), teachers)
-            agreement.add(self.accelerator.gather_for_metrics(compared))
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As `Trainer`, with the teacher agreement among the metrics, if it is asked for."""
-        if self.teacher_agreement is not None:
-            self.teacher_agreement.start()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.teacher_agreement is not None:
-            found = self.teacher_agreement.metrics()
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
-        return output
-
-    def _make_teacher_agreement(self, shares_tokens: bool) -> TeacherAgreement | None:
-        if not self.args.eval_teacher_agreement:
-            return None
-        logit_terms = [term for term in self.distillation_objective.terms if isinstance(term, LogitTerm)]
-        shares = {"teacher_weights": self.args.teacher_weights, "teacher_reduction": self.args.teacher_reduction}
-        term = logit_terms[0] if logit_terms else LogitTerm(**shares)
-        teacher_config = self.teacher and self.teacher.config
-        return TeacherAgreement(term, self.model.config, teacher_config, self.problem, shares_tokens)
 
     # Loss
 
@@ -341,7 +290,7 @@ class DistillationTrainer(PublishingTrainer):
 
     # Checks before training
 
-    def _load_teacher(self, teacher_model: TeacherModel, reads_own_tokens: bool) -> Teacher:
+    def _load_teacher(self, teacher_model: TeacherModel, reads_own_tokens: bool, notes_weights: bool) -> Teacher:
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "DeepSpeed ZeRO-3 would shard the teacher's weights away; use DDP "
@@ -370,6 +319,7 @@ class DistillationTrainer(PublishingTrainer):
             device=self.args.device,
             reads_own_tokens=reads_own_tokens,
             autocast_dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision),
+            notes_weights=notes_weights,
         )
 
     def _freeze_embeddings(self) -> None:
@@ -377,21 +327,6 @@ class DistillationTrainer(PublishingTrainer):
             model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # PEFT
             embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
             embeddings.requires_grad_(False)
-
-    def _eval_datasets(self) -> list[Any]:
-        if self.eval_dataset is None:
-            return []
-        return list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-
-    def _check_agreement_rows(self) -> None:
-        """At the end of the first epoch it would be late to find that there is nothing to compare with."""
-        if not self.args.eval_teacher_agreement or self._given_teachers:
-            return
-        if not all(map(_has_signal_columns, self._eval_datasets())):
-            raise ValueError(
-                "eval_teacher_agreement=True compares with the teacher on the evaluation rows, which carry no signals "
-                "of it; cache these too (cache_teacher_signals), or pass teacher_model=."
-            )
 
     def _compile_teachers(self) -> None:
         """As `Trainer` does with the student."""
@@ -405,8 +340,9 @@ class DistillationTrainer(PublishingTrainer):
             )
         options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
         for teacher in getattr(self.teacher, "teachers", [self.teacher]):
-            if isinstance(teacher, Teacher):
-                teacher.compile(**options)
+            running = getattr(teacher, "teacher", teacher)  # of one that is partly cached
+            if isinstance(running, Teacher):
+                running.compile(**options)
 
     def _check_gradient_checkpointing(self) -> None:
         wants_attention = self.distillation_objective.needs_attention
@@ -416,15 +352,6 @@ class DistillationTrainer(PublishingTrainer):
                 "values, so the attention and relation terms would train nothing; set "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-
-
-def _has_signal_columns(dataset: Any) -> bool:
-    return any(map(is_signal_column, getattr(dataset, "column_names", None) or ()))
-
-
-def _without_signals(dataset: Any) -> Any:
-    """What a sampler is given: to group by length it would read the cached columns of every row."""
-    return TokenLengths(dataset) if _has_signal_columns(dataset) and "input_ids" in dataset.column_names else dataset
 
 
 class _ProjectionCallback(TrainerCallback):

@@ -279,6 +279,8 @@ def main() -> None:
             ]
             if best is None or score > best_score:
                 best, best_score = trainer, score
+            else:
+                trainer.teacher = None  # it may be a copy of its own
         if len(learning_rates) > 1:
             best.save_model(str(output_dir))
         save_predictions(args.output_dir, role, best, data, task, splits[0])

@@ -114,6 +114,7 @@ class CachedTeacher:
                 f"the batch has no columns {missing}, and no teacher runs; cache the signals of these rows too "
                 "(cache_teacher_signals), or pass teacher_model= for rows without them."
             )
+        self._check_widths(inputs)
         mask = attention_mask_of(inputs)
         vectors = {
             kind: {layer: inputs[f"{self.prefix}{kind}_{layer}"] for layer in layers}
@@ -138,12 +139,20 @@ class CachedTeacher:
             **by_head,
         )
 
+    def _check_widths(self, inputs: Mapping[str, Any]) -> None:
+        """Rows that were all cut to one half since would look like rows of vectors twice as wide."""
+        widths = {name: self.config.hidden_size for name in vector_columns(self._wanted, self.prefix)}
+        if self.source.problem not in SEQUENCE_PROBLEMS:
+            widths[self._logits] = 2 if self.source.problem == "question_answering" else self.config.num_labels
+        for name, width in widths.items():
+            if inputs[name].shape[-1] != width:
+                raise ValueError(
+                    f"{name} has {inputs[name].shape[-1]} numbers per token, and the teacher's are {width}; the rows "
+                    "were tokenized anew since the teacher read them. Tokenize first, then cache."
+                )
+
     def _read_logits(self, stored: Tensor) -> Tensor:
         logits = stored.float()
-        if not self.is_model and not bool(torch.isfinite(logits).all()):
-            raise ValueError(  # rows of a stream, or of an evaluation, which nobody has read before
-                f"{self._logits} has a number that is missing or not finite in this batch; correct or remove the row."
-            )
         if self._logits.endswith("probs"):
             if self.source.problem == "multi_label_classification":
                 logits = torch.logit(logits, eps=_SMALLEST_PROBABILITY)
@@ -158,7 +167,7 @@ class CachedTeacher:
 
 
 class PartlyCachedTeacher:
-    """A teacher of which some signals are columns; it runs for the others, and for rows without columns.
+    """A teacher of which some signals are columns; it runs for the others, and for batches without columns.
 
     Args:
         cached ([`CachedTeacher`]): Reads the columns.

@@ -146,6 +146,21 @@ def _is_stored_vectors(name: str, feature: Any) -> bool:
     return is_signal_column(name) and dtype in {str(stored) for stored in STORED_AS.values()}
 
 
+def has_signal_columns(dataset: Any) -> bool:
+    """Whether rows carry signals of a teacher."""
+    return any(map(is_signal_column, getattr(dataset, "column_names", None) or ()))
+
+
+def without_signals(dataset: Any, *, keep_logits: bool = False) -> Any:
+    """The rows without the columns of a teacher, or without those of tokens."""
+    if not has_signal_columns(dataset):
+        return dataset
+    kept = ("logits", "probs") if keep_logits else ()
+    return dataset.remove_columns(
+        [n for n in dataset.column_names if is_signal_column(n) and not (kept and n.endswith(kept))]
+    )
+
+
 class TokenLengths:
     """Stands for a dataset where a sampler only asks how long its rows are.
 
@@ -221,17 +236,33 @@ def sorted_labels(struct: Mapping[str, Any]) -> list[str]:
 
 
 def _of_rows(name: str, values: list[Any]) -> Tensor:
+    _require_all(name, values)
     rows = [
         [row[label] for label in sorted_labels(row)] if isinstance(row, Mapping) else np.atleast_1d(row)
         for row in values
     ]
     if len({len(row) for row in rows}) > 1:
         raise ValueError(f"{name} holds {sorted({len(row) for row in rows})} numbers; give each row one per label.")
-    return torch.from_numpy(np.asarray(rows, dtype=np.float32))
+    array = np.asarray(rows, dtype=np.float32)
+    if not np.isfinite(array).all():  # of a stream or an evaluation, whose rows nobody has read before
+        raise ValueError(
+            f"{name} has a number that is missing or not finite in this batch; correct or remove the row."
+        )
+    return torch.from_numpy(array)
+
+
+def _require_all(name: str, values: list[Any]) -> None:
+    """Rows that were concatenated with others have nulls in the columns that they lack."""
+    if any(value is None for value in values):
+        raise ValueError(
+            f"{name} is empty in a row of this batch; cache the signals of all rows (cache_teacher_signals), or train "
+            "on those that have them."
+        )
 
 
 def _of_tokens(name: str, values: list[Any], mask: np.ndarray) -> Tensor:
     """Vectors of each token where the mask is 1, zeros elsewhere; one copy of each row."""
+    _require_all(name, values)
     rows = [np.asarray(value) for value in values]  # views, unless another format made lists of them
     if rows[0].dtype not in STORED_AS.values():
         stored = STORED_AS["bfloat16" if np.issubdtype(rows[0].dtype, np.integer) else "float16"]

@@ -49,6 +49,9 @@ class Teacher:
         reads_own_tokens (`bool`, *optional*, defaults to `False`):
             Whether its inputs are the `teacher_` columns of the batch, see [`~hf_kd.DistillationCollator`].
 
+        notes_weights (`bool`, *optional*, defaults to `True`):
+            Whether to hash the weights before a copy in another dtype is made, which a cache is compared with.
+
     Raises:
         ValueError: If the vocabularies or labels of student and teacher do not fit.
     """
@@ -61,21 +64,28 @@ class Teacher:
         device: torch.device | None = None,
         reads_own_tokens: bool = False,
         autocast_dtype: torch.dtype | None = None,
+        notes_weights: bool = True,
     ):
         self.reads_own_tokens = reads_own_tokens
         if not reads_own_tokens:
             check_vocabulary(student_config, model.config)
         order = label_order(student_config, model.config) if has_classes(problem_of(model)) else None
         self._weights: str | None = None
-        if dtype is not None and model.dtype != DTYPES[dtype]:
-            self._weights = weights_hash(model)  # of what was given, which the copy is not
-            # A copy: the caller's model keeps its weights as they are.
-            model = copy.deepcopy(model).to(DTYPES[dtype])
-        elif dtype is None and autocast_dtype is not None and not getattr(model, "is_quantized", False):
-            self._weights = weights_hash(model)
-            model = _with_linear_layers_in(model, autocast_dtype)
+        is_spread = getattr(model, "hf_device_map", None) is not None
+        if dtype is not None:
+            makes_copy = model.dtype != DTYPES[dtype]
+        else:
+            makes_copy = autocast_dtype is not None and not is_spread and not getattr(model, "is_quantized", False)
+        if makes_copy:
+            # The caller's model keeps its weights as they are.
+            self._weights = weights_hash(model) if notes_weights else ""
+            model = copy.deepcopy(model)
+            if dtype is not None:
+                model.to(DTYPES[dtype])
+            else:
+                _cast_linear_layers(model, autocast_dtype)
         self.model = model.eval().requires_grad_(False)
-        if device is not None and getattr(model, "hf_device_map", None) is None:
+        if device is not None and not is_spread:
             self.model.to(device)
         self.label_order = None if order is None else torch.tensor(order, device=self.model.device)
         self._forward_columns = forward_columns(model)
@@ -97,7 +107,8 @@ class Teacher:
     @property
     def weights(self) -> str:
         """The [`weights_hash`] of the model it was given."""
-        self._weights = self._weights or weights_hash(self.model)
+        if self._weights is None:
+            self._weights = weights_hash(self.model)
         return self._weights
 
     def watch(self, wanted: Wanted) -> None:
@@ -179,14 +190,12 @@ class TeacherEnsemble:
         return [teacher(inputs) for teacher in self.teachers]
 
 
-def _with_linear_layers_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    model = copy.deepcopy(model)
+def _cast_linear_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     # A decoder may share its weights with the embeddings, which autocast leaves as they are.
     shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
         if type(module) is nn.Linear and id(module.weight) not in shared:
             module.to(dtype)
-    return model
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -54,9 +54,9 @@ def attention_vectors_mse(
         "length.",
     )
     require_mask(mask, query)
-    pairs = [tuple(valid_vectors(x, mask) for x in of_model) for of_model in (student, teacher)]
+    vectors = [valid_vectors(x, mask) for x in (*student, *(x.detach() for x in teacher))]
     count = query.shape[1] * denominator(mask.sum(dim=1).square().sum(), num_items)
-    return sum_of_squared_errors(pairs[0], tuple(x.detach() for x in pairs[1])) / count
+    return sum_of_squared_errors(*vectors) / count
 
 
 def attention_mse(

@@ -64,12 +64,15 @@ def relation_minilm_v2(
         _require_same_tokens(x_student, x_teacher, mask)
         _require_divisor(relation_heads, x_student, x_teacher)
         if weight > 0.0:
-            split = [_relation_heads(x, mask, relation_heads) for x in (x_student, x_teacher.detach())]
+            of_student, of_teacher = (
+                _relation_heads(x, mask, relation_heads) for x in (x_student, x_teacher.detach())
+            )
             if reach is None:
-                value = sum_of_divergences(*split, mask) / relation_heads / denominator(mask.sum(), num_items)
+                divergences = sum_of_divergences(of_student, of_teacher, mask)
+                value = divergences / relation_heads / denominator(mask.sum(), num_items)
             else:
-                scores = [attention_scores(x, x) for x in split]
-                value = attention_kl(*scores, mask, reach=reach, num_items=num_items)
+                scores, teacher_scores = (attention_scores(x, x) for x in (of_student, of_teacher))
+                value = attention_kl(scores, teacher_scores, mask, reach=reach, num_items=num_items)
             values.append(weight * value)
     return torch.stack(values).sum()
 

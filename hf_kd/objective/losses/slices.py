@@ -38,19 +38,21 @@ def sum_of_divergences(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor
     return _SumOfSlices.apply(_divergence, student.shape[1] * student.shape[2] ** 2, 1, student, teacher, ~mask.bool())
 
 
-def sum_of_squared_errors(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
+def sum_of_squared_errors(query: Tensor, key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> Tensor:
     r"""$\sum (A^S - A^T)^2$ over all pairs of tokens and heads, $A = q k^\top / \sqrt d$.
 
     Args:
-        student (tuple of two `torch.Tensor` of shape `(batch, heads, seq, head_size)`): Queries and keys in float32,
-            zeros in the padding, which then adds nothing.
-        teacher (tuple of two `torch.Tensor` of shape `(batch, heads, seq, teacher_head_size)`): The same.
+        query (`torch.Tensor` of shape `(batch, heads, seq, head_size)`): The student's, in float32, zeros in the
+            padding, which then adds nothing.
+        key (`torch.Tensor` of shape `(batch, heads, seq, head_size)`): The student's, likewise.
+        teacher_query (`torch.Tensor` of shape `(batch, heads, seq, teacher_head_size)`): The teacher's, likewise.
+        teacher_key (`torch.Tensor` of shape `(batch, heads, seq, teacher_head_size)`): The teacher's, likewise.
 
     Returns:
         `torch.Tensor`: Scalar, in squared score units.
     """
-    heads, seq = student[0].shape[1:3]
-    return _SumOfSlices.apply(_squared_error, heads * seq**2, 2, *student, *teacher)
+    numbers = query.shape[1] * query.shape[2] ** 2
+    return _SumOfSlices.apply(_squared_error, numbers, 2, query, key, teacher_query, teacher_key)
 
 
 class _SumOfSlices(torch.autograd.Function):
