@@ -76,8 +76,10 @@ def test_same_student_from_a_cached_teacher(tmp_path, monkeypatch, flags, forwar
     assert sum(forwards) == 24 + 30  # the validation split, and each training row once
     assert "30 rows with" in caplog.text and "bytes per token" in caplog.text
     forwards.clear()
+    caplog.clear()
     run(monkeypatch, "glue_distill", *flags, *short, "1e-3", *cached, tmp_path / "again")
     assert sum(forwards) == 24
+    assert "holds the teacher's signals" in caplog.text and "caching takes" not in caplog.text
     assert_same_run(tmp_path / "again", tmp_path / "online")
     assert losses(tmp_path / "again") == losses(tmp_path / "two rates" / "learning_rate_0.001")
     # Not rounded: the baseline reads no signals.

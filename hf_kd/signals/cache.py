@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -19,59 +18,32 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .. import __version__
 from ..compat import hardware_defaults
 from ..origin import identify
 from .batch import Signals
 from .capture import Wanted, forward_columns
-from .columns import STORED_AS, SignalSource, column_prefix, is_signal_column, vector_columns
+from .columns import STORED_AS, SignalSource, column_prefix, is_signal_column, signals_of_columns, vector_columns
 from .problem import SEQUENCE_PROBLEMS, problem_of
 from .shards import ShardFolder
-from .teacher import DTYPES, Teacher
+from .teacher import AUTOCAST_DTYPES, DTYPES, Teacher
+from .token_rows import INPUTS, TokenRows, in_bytes, size_of_cache
 
 
 logger = logging.get_logger(__name__)
 
 Dtype = Literal["float16", "bfloat16"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
-_AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _LABELS = ("labels", "start_positions", "end_positions")
 # A shard is in memory while it is made, and made anew where a build was killed. It holds enough rows for batches of
-# about one length, and few enough that several processes share the work evenly.
+# about one length, and few enough that several processes share the work evenly. Where the long rows are together, it
+# may have eight times the bytes: Arrow counts the numbers of a file's rows in 32 bits.
 _SHARD_BYTES = 128 * 2**20
 _MIN_SHARD_ROWS, _MAX_SHARD_ROWS = 1024, 65_536
 _NUM_SHARDS = 64
-
-
-@dataclass(frozen=True)
-class CacheEstimate:
-    """What a cache takes on disk.
-
-    Attributes:
-        rows (`int`): Rows of the dataset.
-        tokens (`int`): Their tokens.
-        bytes_per_token (`int`): Of the vectors of a token.
-        bytes_per_row (`int`): Of the logits, and of what says where a row's vectors begin.
-    """
-
-    rows: int
-    tokens: int
-    bytes_per_token: int
-    bytes_per_row: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.tokens * self.bytes_per_token + self.rows * self.bytes_per_row
-
-    def __str__(self) -> str:
-        return (
-            f"{_size(self.total_bytes)}: {self.rows:,} rows with {self.tokens:,} tokens, "
-            f"{self.bytes_per_token:,} bytes per token and {self.bytes_per_row:,} per row"
-        )
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
+# Fields of a teacher's config that do not say what it answers. A forward with labels sets the problem, which the
+# fingerprint has besides.
+_OF_NO_ANSWER = ("_name_or_path", "transformers_version", "problem_type")
 
 
 def cache_teacher_signals(
@@ -115,10 +87,11 @@ of all tokens of the row, one after another, without padding; in bfloat16 as its
     Args:
         dataset (`datasets.Dataset`): Tokenized rows: `input_ids`, and `attention_mask` and `token_type_ids` where the
             tokenizer writes them; other columns stay as they are.
-        teacher ([`~transformers.PreTrainedModel`] or sequence of them): Frozen and put in eval mode.
+        teacher ([`~transformers.PreTrainedModel`] or sequence of them): Frozen and put in eval mode; it ends on the
+            device it was on.
         wanted ([`Wanted`] or sequence of them): The layers to keep besides the logits, of each teacher its own;
             `objective.teacher_wanted` of a bound [`DistillationObjective`].
-        output_dir (`str` or `Path`): Folder of the cache.
+        output_dir (`str` or `Path`): Folder of the cache. One that holds more layers is read as it is.
         batch_size (`int`, *optional*, defaults to 32): Rows per forward; they are sorted by length within a shard.
         dtype (`str`, *optional*, defaults to `"float16"`): `"float16"` or `"bfloat16"`, of what belongs to a token.
             What the rounding costs is logged, and in `cache.json`: about 2e-4 of a vector's length for float16, and
@@ -142,8 +115,9 @@ of all tokens of the row, one after another, without padding; in bfloat16 as its
 
     if dtype not in STORED_AS:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(map(repr, STORED_AS))}.")
-    if mixed_precision not in _AUTOCAST:
-        raise ValueError(f"mixed_precision={mixed_precision!r} must be one of {', '.join(map(repr, _AUTOCAST))}.")
+    if mixed_precision not in ("no", *AUTOCAST_DTYPES):
+        names = ", ".join(map(repr, ("no", *AUTOCAST_DTYPES)))
+        raise ValueError(f"mixed_precision={mixed_precision!r} must be one of {names}.")
     models: list[Any] = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
     all_wanted = [wanted] * len(models) if isinstance(wanted, Wanted) else list(wanted)
     if len(all_wanted) != len(models):
@@ -153,110 +127,60 @@ of all tokens of the row, one after another, without padding; in bfloat16 as its
     state = PartialState(cpu=hardware_defaults()["use_cpu"])
     if dataset._indices is not None:  # of a shuffle or a selection, which columns cannot be put beside
         dataset = dataset.flatten_indices()
-    rows = _Rows(dataset)
-    jobs = [
-        _Job(
-            rows,
-            Teacher(model, model.config, teacher_dtype, state.device if device is None else torch.device(device)),
-            of_model,
-            Path(output_dir, f"teacher_{index}") if len(models) > 1 else Path(output_dir),
-            column_prefix(index if len(models) > 1 else None),
-            dtype=dtype,
-            mixed_precision=mixed_precision,
-            teacher_dtype=teacher_dtype,
-            tokenizer=tokenizer,
-        )
-        for index, (model, of_model) in enumerate(zip(models, all_wanted, strict=True))
-    ]
-    if state.is_main_process:
-        _check_space(jobs, Path(output_dir))
-    for job in jobs:
-        job.open(state)
-    for job in jobs:
-        job.run(batch_size, state)
+    rows = TokenRows(dataset)
+    devices = [model.device for model in models]
+    try:
+        jobs = [
+            _Job(
+                rows,
+                Teacher(
+                    model,
+                    model.config,
+                    teacher_dtype,
+                    state.device if device is None else torch.device(device),
+                    autocast_dtype=AUTOCAST_DTYPES.get(mixed_precision),
+                ),
+                of_model,
+                Path(output_dir, f"teacher_{index}") if len(models) > 1 else Path(output_dir),
+                column_prefix(index if len(models) > 1 else None),
+                dtype=dtype,
+                mixed_precision=mixed_precision,
+                teacher_dtype=teacher_dtype,
+                tokenizer=tokenizer,
+            )
+            for index, (model, of_model) in enumerate(zip(models, all_wanted, strict=True))
+        ]
+        if state.is_main_process:
+            for job in jobs:
+                job.plan()
+            _check_space(jobs, Path(output_dir))
+            for job in jobs:
+                job.shards.open(job.description)
+        state.wait_for_everyone()
+        for job in jobs:
+            job.follow(job.shards.description())
+        for job in jobs:
+            job.run(batch_size, state)
+    finally:  # the student is about to need the room
+        for model, before in zip(models, devices, strict=True):
+            if getattr(model, "hf_device_map", None) is None:
+                model.to(before)
     columns = [job.load() for job in jobs]
     if "length" not in dataset.column_names:
         columns.append(datasets.Dataset.from_dict({"length": rows.lengths.astype(np.int32)}))
     return datasets.concatenate_datasets([dataset, *columns], axis=1)
 
 
-def estimate_cache(
-    dataset: Any, teacher_config: Any, wanted: Wanted, *, has_token_logits: bool = False
-) -> CacheEstimate:
-    """What [`cache_teacher_signals`] would write.
-
-    Args:
-        dataset (`datasets.Dataset`): Tokenized rows.
-        teacher_config ([`~transformers.PretrainedConfig`]): The teacher's config.
-        wanted ([`Wanted`]): The layers.
-        has_token_logits (`bool`, *optional*, defaults to `False`): Whether there are logits for each token.
-    """
-    return _estimate(_Rows(dataset), teacher_config, wanted, has_token_logits)
-
-
-def _estimate(rows: _Rows, config: Any, wanted: Wanted, has_token_logits: bool) -> CacheEstimate:
-    num_vectors = len(vector_columns(wanted, ""))
-    num_logits = getattr(config, "num_labels", 2)
-    width = getattr(config, "hidden_size", 0)
-    offsets = 4 * (num_vectors + 1)
-    return CacheEstimate(
-        rows=len(rows),
-        tokens=int(rows.num_tokens.sum()),
-        bytes_per_token=2 * (num_vectors * width + (num_logits if has_token_logits else 0)),
-        bytes_per_row=offsets + 8 + (0 if has_token_logits else 4 * num_logits),
-    )
-
-
-class _Rows:
-    """The columns of a dataset that a teacher reads, as numbers without Python lists.
-
-    Attributes:
-        lengths (`numpy.ndarray` of shape `(rows,)`): Positions of each row, with padding.
-        num_tokens (`numpy.ndarray` of shape `(rows,)`): Those that the attention mask counts.
-        hash (`str`): Of everything the teacher reads.
-    """
-
-    def __init__(self, dataset: Any):
-        self.names = [name for name in _INPUTS if name in dataset.column_names]
-        self._dataset = dataset.select_columns(self.names).with_format("arrow")
-        lengths, num_tokens, digest = [], [], hashlib.sha256()
-        for start in range(0, len(dataset), 10_000):
-            columns = self.read(start, start + 10_000)
-            for name, (values, ends) in columns.items():
-                digest.update(name.encode())
-                digest.update(values.astype(np.int32).tobytes())
-                digest.update(ends.tobytes())
-            tokens, ends = columns["input_ids"]
-            mask, mask_ends = columns.get("attention_mask", (np.ones_like(tokens), ends))
-            sums = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-            lengths.append(np.diff(ends))
-            num_tokens.append(sums[mask_ends[1:]] - sums[mask_ends[:-1]])
-        self.lengths, self.num_tokens = np.concatenate(lengths), np.concatenate(num_tokens)
-        self.hash = digest.hexdigest()[:32]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def read(self, start: int, stop: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Column to its values one after another, and where each row begins and ends among them."""
-        table = self._dataset[start:stop]
-        return {name: _flat(table[name]) for name in self.names}
-
-
-def _flat(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    import pyarrow.compute
-
-    lengths = pyarrow.compute.list_value_length(column).to_numpy()
-    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return pyarrow.compute.list_flatten(column).to_numpy(), ends
-
-
 class _Job:
     """The cache of one teacher."""
 
+    description: dict[str, Any]
+    source: SignalSource
+    estimate: CacheEstimate
+
     def __init__(
         self,
-        rows: _Rows,
+        rows: TokenRows,
         teacher: Teacher,
         wanted: Wanted,
         folder: Path,
@@ -268,7 +192,7 @@ class _Job:
         tokenizer: Any,
     ):
         self.rows, self.teacher, self.wanted, self.prefix, self.dtype = rows, teacher, wanted, prefix, dtype
-        self.autocast_dtype = _AUTOCAST[mixed_precision]
+        self.autocast_dtype = AUTOCAST_DTYPES.get(mixed_precision)
         self.problem = problem_of(teacher.model)
         if self.problem == "masked_lm":
             raise ValueError(
@@ -277,40 +201,78 @@ class _Job:
             )
         self.has_token_logits = self.problem not in SEQUENCE_PROBLEMS
         teacher.watch(wanted)
-        self.source = SignalSource(
-            config=_portable_config(teacher.config),
-            problem=self.problem,
-            dtype=dtype,
-            weights=teacher.weights,
-            architecture=type(teacher.model).__name__,
-            parameters=teacher.model.num_parameters(),
-            origin=identify(teacher.config),
-        )
-        self.estimate = _estimate(rows, teacher.config, wanted, self.has_token_logits)
-        bytes_per_row = self.estimate.total_bytes // len(rows)
-        enough = min(max(len(rows) // _NUM_SHARDS, _MIN_SHARD_ROWS), _MAX_SHARD_ROWS)
-        self.rows_per_shard = max(min(_SHARD_BYTES // bytes_per_row, enough), 1)
-        self.shards = ShardFolder(folder, num_shards=-(-len(rows) // self.rows_per_shard))
+        self.config = _portable_config(teacher.config)
+        self.shards = ShardFolder(folder)
         self.fingerprint = {
             "teacher weights": teacher.weights,
-            "teacher config": _config_hash(self.source.config),
+            "problem": self.problem,
             "tokenizer": _tokenizer_hash(tokenizer),
             "rows": {"number": len(rows), "hash": rows.hash, "longest": int(rows.lengths.max())},
-            "wanted signals": vector_columns(wanted, prefix),
             "dtype": dtype,
             "mixed precision": mixed_precision,
             "teacher dtype": teacher_dtype,
-            "rows per shard": self.rows_per_shard,
-            "hf_kd": metadata.version("hf_kd"),
+            "hf_kd": __version__,
             "transformers": metadata.version("transformers"),
         }
 
-    def open(self, state: PartialState) -> None:
-        """Write what the folder holds, or check that it holds that; on all processes."""
-        if state.is_main_process:
-            self.shards.open(self.fingerprint)
-        state.wait_for_everyone()
-        self.shards.check(self.fingerprint)
+    def plan(self) -> None:
+        """Decide what the folder holds, if it does not say so; on one process, whose word all others take."""
+        self.follow(self._describe() if self.shards.is_new() else self.shards.description())
+
+    def follow(self, description: dict[str, Any]) -> None:
+        """Make and read what a folder says that it holds.
+
+        Raises:
+            ValueError: If that is not what was asked for, with what differs.
+        """
+        if different := self._differences(description):
+            raise ValueError(
+                f"{self.shards.folder} holds signals that were made from something else ({'; '.join(different)}). "
+                "Give another folder, or delete this one."
+            )
+        self.description = description
+        self.source = SignalSource.from_json(json.dumps(description["source"]))
+        _, held = signals_of_columns(description["columns"])[self.prefix]
+        self.teacher.watch(held)
+        self.estimate = size_of_cache(self.rows, self.teacher.config, held, self.has_token_logits)
+        self.rows_per_shard = description["rows_per_shard"]
+        self.shards.num_shards = -(-len(self.rows) // self.rows_per_shard)
+
+    def _describe(self) -> dict[str, Any]:
+        model = self.teacher.model
+        source = SignalSource(
+            config=self.config,
+            problem=self.problem,
+            dtype=self.dtype,
+            weights=self.teacher.weights,
+            architecture=type(model).__name__,
+            parameters=model.num_parameters(),
+            origin=identify(self.teacher.config),
+        )
+        estimate = size_of_cache(self.rows, self.teacher.config, self.wanted, self.has_token_logits)
+        mean = estimate.total_bytes // len(self.rows)
+        longest = int(self.rows.num_tokens.max()) * estimate.bytes_per_token + estimate.bytes_per_row
+        enough = min(max(len(self.rows) // _NUM_SHARDS, _MIN_SHARD_ROWS), _MAX_SHARD_ROWS)
+        return {
+            "fingerprint": self.fingerprint,
+            "columns": self._columns(),
+            "rows_per_shard": max(min(_SHARD_BYTES // mean, 8 * _SHARD_BYTES // longest, enough), 1),
+            "source": json.loads(source.to_json()),
+        }
+
+    def _columns(self) -> list[str]:
+        return [f"{self.prefix}logits", *vector_columns(self.wanted, self.prefix), f"{self.prefix}signals"]
+
+    def _differences(self, description: dict[str, Any]) -> list[str]:
+        there = {**description["fingerprint"], **_answering_fields(description["source"]["config"])}
+        now = {**self.fingerprint, **_answering_fields(self.config)}
+        different = [
+            f"{name}: {there.get(name)} there, {now.get(name)} now"
+            for name in {**now, **there}
+            if there.get(name) != now.get(name)
+        ]
+        missing = [name for name in self._columns() if name not in description["columns"]]
+        return different + ([f"wanted signals: {', '.join(missing)} not there"] if missing else [])
 
     def run(self, batch_size: int, state: PartialState) -> None:
         """Make the shards that are not there yet, each process its own."""
@@ -327,16 +289,16 @@ class _Job:
             self._report()
 
     def load(self) -> Any:
-        """The columns, memory mapped."""
-        return self.shards.load()
+        """The columns that were asked for, memory mapped."""
+        return self.shards.load().select_columns(self._columns())
 
     def _features(self) -> Any:
         import datasets
 
-        stored = datasets.Value(str(STORED_AS[self.dtype]))
-        logits = stored if self.has_token_logits else datasets.Value("float32")
-        features = {f"{self.prefix}logits": datasets.List(logits)}
-        features |= {name: datasets.List(stored) for name in vector_columns(self.wanted, self.prefix)}
+        stored = datasets.List(datasets.Value(str(STORED_AS[self.dtype])))
+        features = dict.fromkeys(self.description["columns"], stored)
+        if not self.has_token_logits:
+            features[f"{self.prefix}logits"] = datasets.List(datasets.Value("float32"))
         features[f"{self.prefix}signals"] = datasets.ClassLabel(names=[self.source.to_json()])
         return datasets.Features(features)
 
@@ -370,14 +332,10 @@ class _Job:
                     piece = array[batch_ends[position] : batch_ends[position + 1]]
                     vectors[name][ends[row] : ends[row + 1]] = piece
 
-        def as_lists(array: np.ndarray, row_ends: np.ndarray) -> Any:
-            offsets = pyarrow.array(row_ends.astype(np.int32))
-            return pyarrow.ListArray.from_arrays(offsets, pyarrow.array(array.reshape(-1)))
-
-        columns = {name: as_lists(array, ends * array.shape[1]) for name, array in vectors.items()}
+        columns = {name: _as_lists(array, ends * array.shape[1]) for name, array in vectors.items()}
         if not self.has_token_logits:
             row_ends = np.arange(len(row_logits) + 1) * row_logits.shape[1]
-            columns[f"{self.prefix}logits"] = as_lists(row_logits, row_ends)
+            columns[f"{self.prefix}logits"] = _as_lists(row_logits, row_ends)
         columns[f"{self.prefix}signals"] = pyarrow.array(np.zeros(len(num_tokens), dtype=np.int64))
         return pyarrow.table({name: columns[name] for name in self._features()}), rounding
 
@@ -432,9 +390,11 @@ class _Job:
         notes = self.shards.notes()
         size = sum(note["bytes"] for note in notes)
         costs = {name: max(note["rounding"][name] for note in notes) for name in notes[0]["rounding"]}
-        self.shards.describe(self.fingerprint, {"bytes": size, "relative_rounding_error": costs})
+        description = {**self.description, "bytes": size, "relative_rounding_error": costs}
+        if description != self.description:  # a finished cache may be on a disk that is read-only
+            self.shards.describe(description)
         worst = f"; {self.dtype} costs up to {max(costs.values()):.1e} of a vector's length" if costs else ""
-        logger.warning(f"{self.shards.folder} holds the teacher's signals: {_size(size)}{worst}.")
+        logger.warning(f"{self.shards.folder} holds the teacher's signals: {in_bytes(size)}{worst}.")
 
 
 def _portable_config(config: Any) -> dict[str, Any]:
@@ -446,10 +406,9 @@ def _portable_config(config: Any) -> dict[str, Any]:
     return {**values, "_name_or_path": os.path.basename(os.path.abspath(name)) if is_path else name}
 
 
-def _config_hash(config: dict[str, Any]) -> str:
-    """Of what decides what a model says, and how its classes are called."""
-    values = {name: x for name, x in config.items() if name not in ("_name_or_path", "transformers_version")}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+def _answering_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides what a model says, and how its classes are called."""
+    return {f"teacher config, {name}": value for name, value in config.items() if name not in _OF_NO_ANSWER}
 
 
 def _check_rows(dataset: Any, models: Sequence[Any]) -> None:
@@ -466,25 +425,37 @@ def _check_rows(dataset: Any, models: Sequence[Any]) -> None:
     if there:
         raise ValueError(f"the rows have the columns {there} already; drop them with dataset.remove_columns({there}).")
     read = set().union(*(forward_columns(model) or () for model in models))
-    unread = sorted(read & set(names) - {*_INPUTS, *_LABELS})
+    unread = sorted(read & set(names) - {*INPUTS, *_LABELS})
     if unread:
         raise ValueError(
             f"the teacher reads the columns {unread} of the rows, and cache_teacher_signals gives it "
-            f"{', '.join(_INPUTS)} alone; drop them with dataset.remove_columns({unread}), or run the teacher in the "
+            f"{', '.join(INPUTS)} alone; drop them with dataset.remove_columns({unread}), or run the teacher in the "
             "training."
         )
+
+
+def _as_lists(array: np.ndarray, row_ends: np.ndarray) -> Any:
+    """An Arrow column of one list per row.
+
+    Raises:
+        pyarrow.ArrowInvalid: If there are more numbers than 32 bits count.
+    """
+    import pyarrow
+
+    return pyarrow.ListArray.from_arrays(pyarrow.array(row_ends, pyarrow.int32()), pyarrow.array(array.reshape(-1)))
 
 
 def _check_space(jobs: list[_Job], output_dir: Path) -> None:
     """Before the teacher runs for hours."""
     needed = sum(max(job.estimate.total_bytes - job.shards.bytes_on_disk(), 0) for job in jobs)
     for job in jobs:
-        logger.warning(f"{job.shards.folder}: caching takes {job.estimate}.")
+        if not job.shards.is_noted():
+            logger.warning(f"{job.shards.folder}: caching takes {job.estimate}.")
     there = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if needed > 0.98 * free:
         raise ValueError(
-            f"caching needs {_size(needed)} in {output_dir}, where {_size(free)} are free; take another "
+            f"caching needs {in_bytes(needed)} in {output_dir}, where {in_bytes(free)} are free; take another "
             "folder, cache fewer layers (logits take a few bytes per row), or run the teacher in the training."
         )
 

@@ -13,6 +13,7 @@ from ..files import write_whole
 
 
 _DESCRIPTION = "cache.json"
+_DESCRIBED = ("fingerprint", "columns", "rows_per_shard", "source")
 _LEFTOVER_SECONDS = 3600
 
 
@@ -23,53 +24,60 @@ class ShardFolder:
 
     Args:
         folder (`Path`): Made by [`open`] where it is missing.
-        num_shards (`int`): How many files the table has.
+
+    Attributes:
+        num_shards (`int`): How many files the table has; to be set once the description says it.
     """
 
-    def __init__(self, folder: Path, num_shards: int):
-        self.folder, self.num_shards = folder, num_shards
+    def __init__(self, folder: Path):
+        self.folder, self.num_shards = folder, 0
 
-    def open(self, fingerprint: dict[str, Any]) -> None:
-        """Make the folder, or check it; on one process.
+    def is_new(self) -> bool:
+        """Whether nothing is there yet.
 
         Raises:
-            ValueError: If the folder holds something else.
+            ValueError: If the folder holds files that are of no cache.
         """
+        if (self.folder / _DESCRIPTION).is_file():
+            return False
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        foreign = sorted(path.name for path in paths if not path.name.startswith(_DESCRIPTION))
+        if foreign:
+            raise ValueError(
+                f"{self.folder} holds {', '.join(foreign[:3])} and no {_DESCRIPTION}, so it is no cache; give an "
+                "empty folder."
+            )
+        return True
+
+    def open(self, description: dict[str, Any]) -> None:
+        """Make the folder where it is missing, and describe it where it is new; on one process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
-        if not (self.folder / _DESCRIPTION).is_file():
-            foreign = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(_DESCRIPTION))
-            if foreign:
-                raise ValueError(
-                    f"{self.folder} holds {', '.join(foreign[:3])} and no {_DESCRIPTION}, so it is no cache; give an "
-                    "empty folder."
-                )
-            self.describe(fingerprint, {})
-        self.check(fingerprint)
+        if self.is_new():
+            self.describe(description)
 
-    def check(self, fingerprint: dict[str, Any]) -> None:
-        """
+    def describe(self, description: dict[str, Any]) -> None:
+        """Write what the shards were made from: `fingerprint`, `columns`, `rows_per_shard`, `source`, and more."""
+        write_whole(self.folder / _DESCRIPTION, json.dumps(description, indent=2) + "\n")
+
+    def description(self) -> dict[str, Any]:
+        """What [`describe`] wrote, in this process or another, now or before a kill.
+
         Raises:
-            ValueError: If the folder was made from something else, with what differs.
+            ValueError: If it cannot be read.
         """
         path = self.folder / _DESCRIPTION
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {**found, **{name: found[name] for name in _DESCRIBED}}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} cannot be read ({error}); give a folder that every machine sees, or delete this one."
             ) from None
-        different = [name for name in fingerprint if found.get(name) != fingerprint[name]]
-        if different:
-            pairs = "; ".join(f"{name}: {found.get(name)} there, {fingerprint[name]} now" for name in different)
-            raise ValueError(
-                f"{self.folder} holds signals that were made from something else ({pairs}). Give another folder, or "
-                "delete this one."
-            )
 
-    def describe(self, fingerprint: dict[str, Any], more: dict[str, Any]) -> None:
-        """Write what the shards were made from."""
-        write_whole(self.folder / _DESCRIPTION, json.dumps({"fingerprint": fingerprint, **more}, indent=2) + "\n")
+    def is_noted(self) -> bool:
+        """Whether all shards seem to be there, by their notes alone."""
+        return all(self._note(index) and self._path(index).is_file() for index in range(self.num_shards))
 
     def is_complete(self, index: int) -> bool:
         """Whether a shard is there as it was written; reads all of it."""
@@ -77,11 +85,14 @@ class ShardFolder:
         return bool(note) and self._path(index).is_file() and file_hash(self._path(index)) == note["hash"]
 
     def write(self, index: int, table: Any, features: Any, note: dict[str, Any]) -> None:
-        """Write a shard beside its name, then rename it, then note it."""
+        """Write a shard beside its name, then rename it, then note it.
+
+        A note of an older file stays until then: its hash is not that of the new one, and another run that loads this
+        folder now still finds it.
+        """
         from datasets.arrow_writer import ArrowWriter
 
         path = self._path(index)
-        path.with_suffix(".json").unlink(missing_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with ArrowWriter(path=str(temporary), features=features) as writer:
