@@ -27,7 +27,7 @@ from .columns import STORED_AS, SignalSource, column_prefix, is_signal_column, s
 from .problem import SEQUENCE_PROBLEMS, problem_of
 from .shards import ShardFolder
 from .teacher import AUTOCAST_DTYPES, DTYPES, Teacher
-from .token_rows import INPUTS, TokenRows, in_bytes, size_of_cache
+from .token_rows import INPUTS, CacheEstimate, TokenRows, in_bytes, size_of_cache
 
 
 logger = logging.get_logger(__name__)
