@@ -39,6 +39,36 @@ def main() -> None:
         plot(rows, args.plot)
 
 
+def format_summary(results: dict[str, Any]) -> str:
+    """One Markdown line per task of `glue_results.py`: teacher, the student without and with distillation and in int8,
+    what the difference is worth, what is kept of the teacher, and how much faster int8 is."""
+    rows, benchmark = results["rows"], results.get("benchmark", [])
+    names = ["task", "metric", "teacher", "without distillation", "distilled", "difference [95 %]", "kept"]
+    names += ["distilled + int8", "kept", "speed-up"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    all_kept: dict[str, list[float]] = {"student": [], "int8": []}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        values = {role: main_values(rows, task, role) for role in ROLES}
+        shown = {role: _with_spread(found) if found else "" for role, found in values.items()}
+        metric = next(row["main_metric"]["name"] for row in rows if row["task"] == task).replace("_", " ")
+        difference = next(found for found in results["comparisons"] if found["task"] == task)
+        points, low, high = (f"{100 * difference[name]:+.2f}" for name in ("difference", "low", "high"))
+        kept = dict.fromkeys(all_kept, "")
+        for role in all_kept:  # int8 may have been refused
+            if values[role]:
+                all_kept[role].append(statistics.mean(values[role]) / statistics.mean(values["teacher"]))
+                kept[role] = f"{all_kept[role][-1]:.1%}"
+        measured = [row for row in benchmark if row["task"] == task]
+        int8 = next((row["variant"] for row in measured if row["precision"] == "int8"), None)
+        faster = speedup(measured, int8) if int8 is not None else None
+        cells = [task, metric, shown["teacher"], shown["baseline"], shown["student"], f"{points} [{low}, {high}]"]
+        cells += [kept["student"], shown["int8"], kept["int8"], "" if faster is None else f"{faster:.1f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    mean = {role: f"{statistics.mean(found):.1%}" if found else "" for role, found in all_kept.items()}
+    lines.append(f"| mean | | | | | | {mean['student']} | | {mean['int8']} | |")
+    return "\n".join(lines)
+
+
 def format_ablation(runs: list[dict[str, Any]]) -> str:
     """One Markdown line per task, student and setting of `glue_ablation.py`, with the cost of a step where a file
     measured it; then one per form of a term."""

@@ -1,0 +1,62 @@
+"""The README's results are those of the file that `make results` writes."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "recipes" / "results" / "glue.json"
+START, END = "<!-- results: begin -->\n", "\n<!-- results: end -->"
+
+
+@pytest.fixture
+def format_summary(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "recipes"), *sys.path])
+    return importlib.import_module("results_table").format_summary
+
+
+def test_readme_has_the_results(format_summary):
+    """A figure typed by hand is one that nobody measured.
+
+    `UPDATE_README=1 pytest tests/test_readme_results.py` writes the table anew.
+    """
+    before, rest = README.read_text(encoding="utf-8").split(START)
+    found, after = rest.split(END)
+    expected = format_summary(json.loads(RESULTS.read_text(encoding="utf-8")))
+    if os.environ.get("UPDATE_README"):
+        README.write_text(f"{before}{START}{expected}{END}{after}", encoding="utf-8")
+    else:
+        assert found == expected
+
+
+def test_summary_by_hand(format_summary):
+    """A share of another model's value, or a mean over rows in place of tasks, would look like any other number."""
+
+    def row(task, role, seed, value):
+        metrics = {"validation": {"accuracy": value}}
+        return {
+            "task": task,
+            "role": role,
+            "seed": seed,
+            "metrics": metrics,
+            "main_metric": {"split": "validation", "name": "accuracy"},
+        }
+
+    rows = []
+    for task, teacher, others in (("a", 0.8, (0.6, 0.72, 0.7)), ("b", 0.5, (0.5, 0.5, 0.4))):
+        rows.append(row(task, "teacher", None, teacher))
+        for role, value in zip(("baseline", "student", "int8"), others, strict=True):
+            rows += [row(task, role, seed, value + change) for seed, change in ((1, -0.01), (2, 0.01))]
+    compared = [
+        {"task": task, "difference": 0.12, "low": 0.01, "high": 0.2, "confidence": 0.95} for task in ("a", "b")
+    ]
+    first, second, mean = format_summary({"rows": rows, "comparisons": compared}).splitlines()[2:]
+    values = ["80.00", "60.00 ± 1.41", "72.00 ± 1.41", "+12.00 [+1.00, +20.00]", "90.0%", "70.00 ± 1.41", "87.5%", ""]
+    assert first == f"| a | accuracy | {' | '.join(values)} |"
+    assert second.split(" | ")[6] == "100.0%"
+    assert mean == "| mean | | | | | | 95.0% | | 83.8% | |"
