@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -330,15 +330,16 @@ class DistillationTrainer(PublishingTrainer, EvaluatingTrainer):
 
     def _compile_teachers(self) -> None:
         """As `Trainer` does with the student."""
-        if not self.args.torch_compile:
+        plugin = self.accelerator.state.dynamo_plugin  # also of `accelerate launch --dynamo_backend`
+        if plugin.backend == DynamoBackend.NO:
             return
         if self.distillation_objective.student_wanted != Wanted():
             raise ValueError(
-                "torch_compile=True runs the forward without the hooks that read what is between the layers, so "
-                "hidden, attention and relation terms would compare nothing; set torch_compile=False, or the weights "
+                "torch_compile runs the forward without the hooks that read what is between the layers, so "
+                "hidden, attention and relation terms would compare nothing; leave it off, or set the weights "
                 "of these terms to 0."
             )
-        options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+        options = {"backend": plugin.backend.value.lower(), "mode": plugin.mode}
         for teacher in getattr(self.teacher, "teachers", [self.teacher]):
             running = getattr(teacher, "teacher", teacher)  # of one that is partly cached
             if isinstance(running, Teacher):

@@ -98,6 +98,16 @@ def make_dataset(*args, **kwargs):
     return Dataset.from_list(make_rows(*args, **kwargs))
 
 
+@pytest.fixture(autouse=True)
+def own_environment():
+    """TrainingArguments hand precision and compilation to accelerate through the environment, for good."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """A WordPiece tokenizer of words w0 to w58."""

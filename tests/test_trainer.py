@@ -26,6 +26,7 @@ from hf_kd import (
     LogitTerm,
     TaskTerm,
 )
+from hf_kd.objective import losses
 
 
 ALL_TERMS = {"hidden_loss_weight": 0.7, "attention_loss_weight": 0.3}
@@ -199,23 +200,27 @@ def test_teacher_runs_in_its_own_dtype(student, teacher, collator, make_args):
     assert record.logs[0]["logit_loss"] != reference.logs[0]["logit_loss"]
 
 
-def test_losses_are_float32_under_bf16(student, teacher, collator, make_args):
+@pytest.mark.parametrize(
+    ("attention_loss_type", "module", "name"),
+    [("mse", losses.slices, "_squared_error"), ("kl", losses, "attention_scores")],
+)
+def test_losses_are_float32_under_bf16(
+    student, teacher, collator, make_args, monkeypatch, attention_loss_type, module, name
+):
     """Under autocast, scores recomputed from q and k and the projection would be rounded to bfloat16."""
-    seen = {}
+    seen, original = set(), getattr(module, name)
 
-    def spy(query, key):
-        scores = original(query, key)
-        seen.setdefault("dtype", scores.dtype)
-        return scores
+    def spy(*args):
+        made = original(*args)
+        results = [made[0], *made[1]] if isinstance(made, tuple) else [made]
+        seen.update(tensor.dtype for tensor in results)
+        assert not torch.is_autocast_enabled("cpu")
+        return made
 
-    from hf_kd.objective import losses
-
-    original, losses.attention_scores = losses.attention_scores, spy
-    try:
-        train(student, teacher, make_args(bf16=True, max_steps=1, **ALL_TERMS), collator)
-    finally:
-        losses.attention_scores = original
-    assert seen["dtype"] == torch.float32
+    monkeypatch.setattr(module, name, spy)
+    changes = {"bf16": True, "max_steps": 1, "attention_loss_type": attention_loss_type, **ALL_TERMS}
+    train(student, teacher, make_args(**changes), collator)
+    assert seen == {torch.float32}
 
 
 def test_each_model_reads_its_own_columns(teacher, collator, make_args):
@@ -581,5 +586,5 @@ def test_compiled_models_give_the_same_loss(student, teacher, collator, make_arg
 def test_compiling_what_is_read_by_hooks_is_refused(student, teacher, collator, make_args, term):
     """Compiled code runs without hooks: the terms would fail, or compare what an earlier batch left."""
     args = make_args(torch_compile=True, torch_compile_backend="eager", **{f"{term}_loss_weight": 1.0})
-    with pytest.raises(ValueError, match=r"torch_compile=True runs the forward without the hooks"):
+    with pytest.raises(ValueError, match=r"torch_compile runs the forward without the hooks"):
         train(student, teacher, args, collator)

@@ -60,7 +60,8 @@ OWN_FIELDS = [
 def test_every_argument_is_tested():
     """A new field would be read by nothing, and look like any other in a table of hyperparameters."""
     assert {f.name for f in OWN_FIELDS} - {field for field, *_ in FIELDS} == {
-        *("teacher_dtype", "eval_teacher_agreement")  # test_trainer.py, test_agreement.py
+        # test_trainer.py, test_agreement.py, test_soft_labels.py
+        *("teacher_dtype", "freeze_embeddings", "eval_teacher_agreement", "teacher_labels")
     }
     values = {value for field, value, *_ in FIELDS if field.endswith("_type")}
     kinds = (LogitLossType, HiddenLossType, AttentionLossType, RelationLossType)
@@ -239,6 +240,8 @@ WRITTEN = {
     "teacher_reduction": ("logits", "logits"),
     "teacher_dtype": ("bfloat16", "bfloat16"),
     "eval_teacher_agreement": ("true", True),
+    "freeze_embeddings": ("true", True),
+    "teacher_labels": ("bad good", ["bad", "good"]),
 }
 COMMON = ["--report_to", "none", "--use_cpu", "true"]
 
@@ -262,9 +265,9 @@ def test_every_argument_is_a_line_of_yaml(tmp_path):
     lines = [
         f"{name}: {text}"
         for name, (text, _) in WRITTEN.items()
-        if name not in ("teacher_weights", "relation_layer_mapping")
+        if name not in ("teacher_weights", "teacher_labels", "relation_layer_mapping")
     ]
-    lines += ["relation_layer_mapping: 2:7"]
+    lines += ["relation_layer_mapping: 2:7", "teacher_labels: [bad, good]"]
     config = tmp_path / "config.yaml"
     config.write_text("\n".join([*lines, "teacher_weights: [2, 1]", f"output_dir: {tmp_path}"]), encoding="utf-8")
     (args,) = parse_args((DistillationTrainingArguments,), [str(config), *COMMON])

@@ -42,9 +42,9 @@ class Teacher:
             given.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`. By default the dtype it has, under the
             run's autocast.
-        autocast_dtype (`torch.dtype`, *optional*): That of the autocast it will run under, if it has no `dtype` of its
-            own: a copy with the weights of linear layers in this dtype gives the same numbers, and autocast does not
-            cast them anew in each forward, as it does with frozen weights.
+        autocast_dtype (`torch.dtype`, *optional*): Run under autocast to this, if there is no `dtype`. What runs is a
+            copy whose linear layers have weights in it: the numbers are the same, and autocast does not cast frozen
+            weights anew in each forward.
         device (`torch.device`, *optional*): Where to put the teacher. By default it stays where it is.
         reads_own_tokens (`bool`, *optional*, defaults to `False`):
             Whether its inputs are the `teacher_` columns of the batch, see [`~hf_kd.DistillationCollator`].
@@ -91,7 +91,11 @@ class Teacher:
         self._forward_columns = forward_columns(model)
         self._run: Any = self.model
         self.capture = Capture(model, Wanted())
-        self._runs_in_own_dtype = dtype is not None
+        self._own_precision: dict[str, Any] | None = None
+        if dtype is not None:
+            self._own_precision = {"enabled": False}
+        elif autocast_dtype is not None:
+            self._own_precision = {"dtype": autocast_dtype}
 
     @property
     def config(self) -> Any:
@@ -146,12 +150,12 @@ class Teacher:
         inputs = columns_for(
             self._forward_columns, {name: value for name, value in inputs.items() if name not in _LABELS}
         )
-        own_dtype = (
-            torch.autocast(self.model.device.type, enabled=False)
-            if self._runs_in_own_dtype
-            else contextlib.nullcontext()
+        own_precision = (
+            contextlib.nullcontext()
+            if self._own_precision is None
+            else torch.autocast(self.model.device.type, **self._own_precision)
         )
-        with own_dtype, self.capture:
+        with own_precision, self.capture:
             outputs = self._run(**inputs, **self.capture.forward_kwargs)
         signals = self.capture.signals(outputs, inputs)
         if self.label_order is not None:
