@@ -1,6 +1,8 @@
-"""The table of what every task keeps of its teacher."""
+"""The table of what every task keeps of its teacher, and that it stands in the README."""
 
 import importlib
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,12 +10,28 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "recipes" / "results" / "glue.json"
+START, END = "<!-- results: begin -->\n", "\n<!-- results: end -->"
 
 
 @pytest.fixture
 def format_summary(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "recipes"), *sys.path])
     return importlib.import_module("results_table").format_summary
+
+
+def test_readme_has_the_results(format_summary):
+    """A figure typed by hand is one that nobody measured.
+
+    `UPDATE_README=1 pytest tests/test_results_table.py` writes the table anew.
+    """
+    before, rest = README.read_text(encoding="utf-8").split(START)
+    found, after = rest.split(END)
+    expected = format_summary(json.loads(RESULTS.read_text(encoding="utf-8")))
+    if os.environ.get("UPDATE_README"):
+        README.write_text(f"{before}{START}{expected}{END}{after}", encoding="utf-8")
+    else:
+        assert found == expected
 
 
 def test_summary_by_hand(format_summary):
