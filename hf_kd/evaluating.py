@@ -105,8 +105,7 @@ class EvaluatingTrainer(Trainer):
             self.model_accepts_loss_kwargs = accepts
         if agreement is not None:
             inputs = self._prepare_inputs(inputs)
-            with self.accelerator.autocast():
-                teachers = self.teacher(inputs)
+            teachers = self.teacher(inputs)
             compared = agreement.compare(logits, columns_for(self.student_columns, inputs), teachers)
             agreement.add(self.accelerator.gather_for_metrics(compared))
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)

@@ -28,6 +28,7 @@ from .signals import (
     labels_of,
     problem_of,
 )
+from .signals.batch import LABEL_COLUMNS
 from .signals.cached_teacher import AnyTeacher, join_teachers, teachers_of_columns
 from .signals.capture import columns_for, forward_columns
 from .signals.columns import SignalsCollator, has_signal_columns
@@ -191,7 +192,7 @@ class DistillationTrainer(PublishingTrainer, EvaluatingTrainer):
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch)
 
         labels = labels_of(student_inputs, self.problem)
-        for name in ("labels", "start_positions", "end_positions"):
+        for name in LABEL_COLUMNS:
             student_inputs.pop(name, None)  # the task term is the objective's
         with self.capture:
             outputs = model(**student_inputs, **self.capture.forward_kwargs)
@@ -215,9 +216,7 @@ class DistillationTrainer(PublishingTrainer, EvaluatingTrainer):
     def _teacher_signals(self, inputs: dict[str, Any], progress: float) -> Signals | list[Signals] | None:
         if self.teacher is None or not self.distillation_objective.compares_with_teacher(progress):
             return None
-        # accelerate gives its autocast to the forward of prepared models alone, and the teacher is not prepared.
-        with self.accelerator.autocast():
-            return self.teacher(inputs)
+        return self.teacher(inputs)
 
     # Logs
 
@@ -318,6 +317,7 @@ class DistillationTrainer(PublishingTrainer, EvaluatingTrainer):
             dtype=self.args.teacher_dtype,
             device=self.args.device,
             reads_own_tokens=reads_own_tokens,
+            # accelerate gives its autocast to prepared models alone, and the teacher is not prepared.
             autocast_dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision),
             notes_weights=notes_weights,
         )

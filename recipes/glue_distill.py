@@ -188,7 +188,6 @@ class DistillArguments(ModelArguments):
                 "separate_tokenizers is for a student with a tokenizer of its own; give one with "
                 "--student_model_name_or_path, or drop the flag."
             )
-
         if self.cache_teacher is not None and self.separate_tokenizers:
             raise ValueError(
                 f"cache_teacher={self.cache_teacher!r} keeps what the teacher says about the rows that the student "
@@ -221,7 +220,7 @@ def main() -> None:
     repo_id = open_hub_repository(args)
     args = dataclasses.replace(args, push_to_hub=False)  # of all that is trained here, one student at the end
     data, task = load_data(data_args, args.seed, has_teacher=True)
-    check_soft_labels(model_args, data_args, args, data["train"])
+    check_something_teaches(model_args, data_args, args, data["train"])
     texts = data
     teachers = load_task_teachers(model_args, task)
     tokenizer, student_tokenizer = load_tokenizers(model_args, model_args.separate_tokenizers)
@@ -277,10 +276,12 @@ def main() -> None:
             score = evaluate_model(trainer, data, task.validation_splits[:1])[task.validation_splits[0]][
                 task.main_metric
             ]
-            if best is None or score > best_score:
+            is_best = best is None or score > best_score
+            loser = best if is_best else trainer
+            if loser is not None:
+                loser.teacher = None  # it may be a copy of its own
+            if is_best:
                 best, best_score = trainer, score
-            else:
-                trainer.teacher = None  # it may be a copy of its own
         if len(learning_rates) > 1:
             best.save_model(str(output_dir))
         save_predictions(args.output_dir, role, best, data, task, splits[0])
@@ -379,7 +380,7 @@ def describe_data(data_args: DataArguments, task: TextTask, data: DatasetDict, n
     return found
 
 
-def check_soft_labels(
+def check_something_teaches(
     model_args: DistillArguments, data_args: DataArguments, args: DistillationTrainingArguments, rows: Dataset
 ) -> None:
     """Whether the rows say what the student is to learn, where no teacher does."""

@@ -10,6 +10,10 @@ from torch import Tensor
 from .problem import ProblemType
 
 
+# Columns of a batch that say what is right.
+LABEL_COLUMNS = ("labels", "start_positions", "end_positions")
+
+
 @dataclass
 class Signals:
     """The tensors of one forward that a loss can compare.

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .. import __version__
 from ..compat import hardware_defaults
 from ..origin import identify
-from .batch import Signals
+from .batch import LABEL_COLUMNS, Signals
 from .capture import Wanted, forward_columns
 from .columns import STORED_AS, SignalSource, column_prefix, is_signal_column, signals_of_columns, vector_columns
 from .problem import SEQUENCE_PROBLEMS, problem_of
@@ -34,7 +34,6 @@ logger = logging.get_logger(__name__)
 
 Dtype = Literal["float16", "bfloat16"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
-_LABELS = ("labels", "start_positions", "end_positions")
 # A shard is in memory while it is made, and made anew where a build was killed. It holds enough rows for batches of
 # about one length, and few enough that several processes share the work evenly. Where the long rows are together, it
 # may have eight times the bytes: Arrow counts the numbers of a file's rows in 32 bits.
@@ -192,7 +191,6 @@ class _Job:
         tokenizer: Any,
     ):
         self.rows, self.teacher, self.wanted, self.prefix, self.dtype = rows, teacher, wanted, prefix, dtype
-        self.autocast_dtype = AUTOCAST_DTYPES.get(mixed_precision)
         self.problem = problem_of(teacher.model)
         if self.problem == "masked_lm":
             raise ValueError(
@@ -243,7 +241,6 @@ class _Job:
         source = SignalSource(
             config=self.config,
             problem=self.problem,
-            dtype=self.dtype,
             weights=self.teacher.weights,
             architecture=type(model).__name__,
             parameters=model.num_parameters(),
@@ -348,7 +345,6 @@ class _Job:
         lengths = np.diff(starts)
         order = np.argsort(-lengths, kind="stable")
         device = self.teacher.model.device
-        autocast = torch.autocast(device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             batch = {}
@@ -358,7 +354,7 @@ class _Job:
                     piece = slice(starts[row], starts[row + 1])
                     padded[index, : lengths[row]] = inputs[name][0][piece] if name in inputs else 1
                 batch[name] = torch.from_numpy(padded).to(device)
-            with torch.inference_mode(), autocast:
+            with torch.inference_mode():
                 signals = self.teacher(batch)
             yield chosen, signals  # outside the block, which would go on in the code that reads this
 
@@ -425,7 +421,7 @@ def _check_rows(dataset: Any, models: Sequence[Any]) -> None:
     if there:
         raise ValueError(f"the rows have the columns {there} already; drop them with dataset.remove_columns({there}).")
     read = set().union(*(forward_columns(model) or () for model in models))
-    unread = sorted(read & set(names) - {*INPUTS, *_LABELS})
+    unread = sorted(read & set(names) - {*INPUTS, *LABEL_COLUMNS})
     if unread:
         raise ValueError(
             f"the teacher reads the columns {unread} of the rows, and cache_teacher_signals gives it "

@@ -15,7 +15,7 @@ from ..soft_labels import check_soft_labels
 from .batch import Signals, attention_mask_of
 from .capture import Wanted, attention_reach
 from .columns import SignalSource, column_prefix, signals_of_columns, sorted_labels, vector_columns
-from .problem import SEQUENCE_PROBLEMS, ProblemType
+from .problem import SEQUENCE_PROBLEMS, ProblemType, has_classes
 from .teacher import Teacher, TeacherEnsemble, label_order
 
 
@@ -34,6 +34,9 @@ class CachedTeacher:
             given.
         prefix (`str`, *optional*, defaults to `"teacher_"`): How the columns begin.
 
+    Attributes:
+        logits_column (`str`): The column of its answers.
+
     Raises:
         ValueError: If the labels of student and teacher do not fit.
     """
@@ -50,12 +53,9 @@ class CachedTeacher:
     ):
         self.source, self.available, self.prefix = source, available, prefix
         self.config = source.read_config()
-        if source.problem in (*SEQUENCE_PROBLEMS, "token_classification"):
-            order = label_order(student_config, self.config)
-            self._label_order = None if order is None else torch.tensor(order)
-        else:
-            self._label_order = None
-        self._logits = f"{prefix}{'logits' if 'logits' in of_rows else 'probs'}"
+        order = label_order(student_config, self.config) if has_classes(source.problem) else None
+        self._label_order = None if order is None else torch.tensor(order)
+        self.logits_column = f"{prefix}{'logits' if 'logits' in of_rows else 'probs'}"
         self._wanted = Wanted()
 
     @property
@@ -64,14 +64,9 @@ class CachedTeacher:
         return bool(self.source.weights)
 
     @property
-    def logits_column(self) -> str:
-        """The column of its answers."""
-        return self._logits
-
-    @property
     def columns(self) -> set[str]:
         """Names of the columns of a batch that it reads."""
-        return {self._logits, *vector_columns(self._wanted, self.prefix)}
+        return {self.logits_column, *vector_columns(self._wanted, self.prefix)}
 
     def lacks(self, wanted: Wanted) -> Wanted:
         """What is wanted and not there."""
@@ -100,7 +95,7 @@ class CachedTeacher:
 
     def is_in(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a batch carries its columns."""
-        return self._logits in inputs
+        return self.logits_column in inputs
 
     def __call__(self, inputs: Mapping[str, Any]) -> Signals:
         """Read a batch, as [`SignalsCollator`] makes it.
@@ -132,7 +127,7 @@ class CachedTeacher:
             if kind != "hidden"
         }
         return Signals(
-            logits=self._read_logits(inputs[self._logits]),
+            logits=self._read_logits(inputs[self.logits_column]),
             attention_mask=mask,
             hidden=vectors["hidden"],
             attention_reach=attention_reach(self.config, self._wanted),
@@ -143,7 +138,7 @@ class CachedTeacher:
         """Rows that were all cut to one half since would look like rows of vectors twice as wide."""
         widths = {name: self.config.hidden_size for name in vector_columns(self._wanted, self.prefix)}
         if self.source.problem not in SEQUENCE_PROBLEMS:
-            widths[self._logits] = 2 if self.source.problem == "question_answering" else self.config.num_labels
+            widths[self.logits_column] = 2 if self.source.problem == "question_answering" else self.config.num_labels
         for name, width in widths.items():
             if inputs[name].shape[-1] != width:
                 raise ValueError(
@@ -153,7 +148,7 @@ class CachedTeacher:
 
     def _read_logits(self, stored: Tensor) -> Tensor:
         logits = stored.float()
-        if self._logits.endswith("probs"):
+        if self.logits_column.endswith("probs"):
             if self.source.problem == "multi_label_classification":
                 logits = torch.logit(logits, eps=_SMALLEST_PROBABILITY)
             else:

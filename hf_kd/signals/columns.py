@@ -36,7 +36,6 @@ class SignalSource:
     Attributes:
         config (`dict`): The teacher's config, without paths.
         problem (`str`): What the teacher solves.
-        dtype (`str`): Of what belongs to a token: `"float16"` or `"bfloat16"`.
         weights (`str`): Hash of the teacher's weights; empty if no model is behind the columns.
         architecture (`str`): Name of the teacher's class.
         parameters (`int`): Number of the teacher's parameters.
@@ -45,7 +44,6 @@ class SignalSource:
 
     config: dict[str, Any]
     problem: ProblemType
-    dtype: str = "float16"
     weights: str = ""
     architecture: str = ""
     parameters: int = 0

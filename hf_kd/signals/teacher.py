@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoint import has_tokenizer, load_finetuned
-from .batch import Signals
+from .batch import LABEL_COLUMNS, Signals
 from .capture import Capture, Wanted, columns_for, forward_columns
 from .problem import has_classes, problem_of
 
@@ -25,7 +25,6 @@ logger = logging.get_logger(__name__)
 # accelerate's names of what a run's autocast computes in.
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LABELS = ("labels", "start_positions", "end_positions")
 # Columns of a batch that are a teacher's alone, made by its own tokenizer.
 OWN_PREFIX = "teacher_"
 
@@ -148,7 +147,7 @@ class Teacher:
                 name.removeprefix(OWN_PREFIX): value for name, value in inputs.items() if name.startswith(OWN_PREFIX)
             }
         inputs = columns_for(
-            self._forward_columns, {name: value for name, value in inputs.items() if name not in _LABELS}
+            self._forward_columns, {name: value for name, value in inputs.items() if name not in LABEL_COLUMNS}
         )
         own_precision = (
             contextlib.nullcontext()

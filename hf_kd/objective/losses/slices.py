@@ -65,7 +65,7 @@ class _SumOfSlices(torch.autograd.Function):
         numbers = _CPU_NUMBERS if first.device.type == "cpu" else _GPU_NUMBERS
         examples = max(numbers // max(numbers_per_example, 1), 1)
         total = first.new_zeros(())
-        gradients = [torch.zeros_like(x) for x in tensors[:num_student]] if needs_gradient else []
+        gradients = [torch.empty_like(x) for x in tensors[:num_student]] if needs_gradient else []
         for start in range(0, len(first), examples):
             pieces = [x[start : start + examples] for x in tensors]
             value, found = function(pieces[:num_student], pieces[num_student:], needs_gradient)
