@@ -1,5 +1,5 @@
 """Make the tables and the plot of the README from results files: of training, `glue_results.py`,
-`export_onnx.py --benchmark`, `glue_ablation.py` and `benchmark_training.py`.
+`export_onnx.py --benchmark`, `glue_ablation.py`, `benchmark_training.py` and `benchmark_whole_runs.py`.
 
 python recipes/results_table.py recipes/results/*.json --plot recipes/results/glue.png
 """
@@ -33,6 +33,8 @@ def main() -> None:
     for run in runs:
         if "training_benchmark" in run:
             print(format_training(run))
+        if "whole_runs" in run:
+            print(format_whole_runs(run))
     for hardware in dict.fromkeys((run["run"]["hardware"], run["run"]["threads_per_process"]) for run in runs):
         print(f"\nHardware: {hardware[0]}, {hardware[1]} thread(s) per process.")
     if args.plot is not None:
@@ -203,6 +205,32 @@ def format_training(results: dict[str, Any]) -> str:
     for table in tables:
         table.insert(1, ["---"] * len(table[0]))
     return "\n\n".join("\n".join("| " + " | ".join(line) + " |" for line in table) for table in tables)
+
+
+def format_whole_runs(results: dict[str, Any]) -> str:
+    """One Markdown line per variant: its metric, and the seconds of its training and of its whole process, as mean and
+    spread over seeds; training is compared with fine-tuning of the same seed.
+
+    Args:
+        results (`dict`): What `benchmark_whole_runs.py` wrote.
+    """
+    rows = results["whole_runs"]
+    plain = {row["seed"]: row["train_seconds"] for row in rows if row["variant"] == "finetune"}
+    lines = ["| variant | seeds | metric | value | steps | training s | / finetune | process s | its processor s |"]
+    lines.append("|---" * 9 + "|")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        found = [row for row in rows if row["variant"] == variant]
+        is_run = found[0]["seed"] is not None
+        value = _with_spread([_main_value(row) for row in found]) if is_run else ""
+        ratios = [row["train_seconds"] / plain[row["seed"]] for row in found if row["seed"] in plain]
+        metric, steps = found[0]["main_metric"]["name"], found[0]["steps"]
+        times = [
+            _with_spread([row[name] for row in found]) for name in ("train_seconds", "seconds", "processor_seconds")
+        ]
+        cells = [variant, str(len(found)) if is_run else "", metric if is_run else "", value, str(steps), times[0]]
+        cells += [f"{statistics.median(ratios):.2f}" if ratios else "", *times[1:]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def configuration(row: dict[str, Any]) -> list[str]:
