@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, trainer_utils
 
 
 def length_grouping(is_on: bool = True) -> dict[str, Any]:
@@ -16,6 +16,19 @@ def length_grouping(is_on: bool = True) -> dict[str, Any]:
     if "group_by_length" in names:
         return {"group_by_length": is_on}
     return {"train_sampling_strategy": "group_by_length" if is_on else "random"}
+
+
+def rotate_checkpoints(trainer: Trainer, run_dir: str) -> None:
+    """Delete the checkpoints of a run that `save_total_limit` leaves no room for."""
+    if hasattr(trainer, "_rotate_checkpoints"):  # transformers 4.57
+        trainer._rotate_checkpoints(use_mtime=True, output_dir=run_dir)
+        return
+    trainer_utils.rotate_checkpoints(
+        output_dir=run_dir,
+        save_total_limit=trainer.args.save_total_limit,
+        best_model_checkpoint=trainer.state.best_model_checkpoint,
+        use_mtime=True,
+    )
 
 
 def hardware_defaults() -> dict[str, bool]:

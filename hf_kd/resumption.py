@@ -1,12 +1,228 @@
-"""Remembers the steps at which a training was resumed."""
+"""A training that was stopped goes on from its last checkpoint as if nothing had happened."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .compat import rotate_checkpoints
+
+
+# Where files are written before they get their names; transformers does not take its folders for checkpoints.
+STAGING_NAME = "incomplete"
+
+
+class ResumableTrainer(Trainer):
+    """A [`~transformers.Trainer`] whose checkpoints are complete or absent, and whose resumed runs log and train what
+    the run would have that was not stopped.
+
+    Where it departs from `Trainer`: a checkpoint, and the model in `save_model`, is written beside its place and moved
+    there as a whole; `training_args.bin`, a pickle with the paths and the token of who trained, is not written;
+    batches grouped by length are drawn anew from the seed in every epoch, not from what dropout left of the random
+    numbers, which differs between processes and is unknown to a run that is resumed; the means of the next log
+    include the steps before the checkpoint; a run that was complete trains no further step.
+    """
+
+    # Set by Trainer.__init__
+    args: Any
+    state: Any
+    accelerator: Any
+    _globalstep_last_logged: int
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._staging: str | None = None  # while a checkpoint is saved
+        # What the next log is the mean of: the Trainer's own sum, and the sums and steps of each term
+        self._loss_sum: Tensor | None = None
+        self._resumed_loss: Tensor | None = None
+        self._term_sums: dict[str, Tensor] = {}
+        self._steps_in_sums: dict[str, set[int]] = {}
+        super().__init__(*args, **kwargs)
+        self.add_callback(ResumeNotes())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # Steps after the last log of an earlier run are not part of this one.
+        self._term_sums, self._steps_in_sums, self._resumed_loss = {}, {}, None
+        return super().train(*args, **kwargs)
+
+    # Complete or absent
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else self._staging
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging, checkpoint = os.path.join(run_dir, STAGING_NAME), os.path.join(run_dir, name)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed while it saved
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save and self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = checkpoint  # super() saw it in the staging folder
+                self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()  # the others have written their parts
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} could not be written into {run_dir}: {error}. The "
+                "ones before it are as they were; make room, or keep fewer (save_total_limit=2), and go on with "
+                "resume_from_checkpoint=True."
+            ) from error
+        finally:
+            self._staging = None
+        if self.accelerator.is_main_process:
+            self._move(staging, name, checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process:  # of a machine with a disk of its own
+            self._move(staging, name, checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(checkpoint)
+        if self.args.should_save:
+            rotate_checkpoints(self, run_dir)
+
+    def _move(self, staging: str, name: str, checkpoint: str) -> None:
+        written, replaced = os.path.join(staging, name), os.path.join(staging, "replaced")
+        if not os.path.isdir(written):
+            return
+        if os.path.isdir(checkpoint):  # of a run before the one that is resumed
+            os.rename(checkpoint, replaced)
+        os.rename(written, checkpoint)
+        shutil.rmtree(staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else once it has its place
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if self._staging is not None:
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                os.remove(os.path.join(output_dir, TRAINING_ARGS_NAME))
+            return
+        staging = Path(output_dir, STAGING_NAME)
+        try:
+            super()._save(str(staging), state_dict)
+            if self.args.should_save:
+                (staging / TRAINING_ARGS_NAME).unlink()
+                _move_files(staging, Path(output_dir))
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the model could not be written into {output_dir}: {error}. What was there is as it was; make room, "
+                "and save it again."
+            ) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    # The same data
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return SeededPerEpoch(sampler, seed)
+        return sampler
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if 0 < self.state.max_steps <= self.state.global_step:  # complete in the middle of an epoch, and resumed
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
+    # The same logs
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._resumed_loss is not None:
+            loss, self._resumed_loss = loss + self._resumed_loss.to(loss), None
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._loss_sum = tr_loss  # transformers 4.57 has no other place for it
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        assert self._loss_sum is not None  # a checkpoint follows a step
+        sums = {
+            "last_logged_step": self._globalstep_last_logged,
+            "loss": self._loss_sum.item(),
+            "terms": {name: value.item() for name, value in self._term_sums.items()},
+            "steps": {name: sorted(steps) for name, steps in self._steps_in_sums.items()},
+        }
+        self._sums_file(output_dir).write_text(json.dumps(sums), encoding="utf-8")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or not self._sums_file(checkpoint).is_file():  # of another number of processes
+            return
+        sums = json.loads(self._sums_file(checkpoint).read_text(encoding="utf-8"))
+        self._globalstep_last_logged = sums["last_logged_step"]
+        self._resumed_loss = torch.tensor(sums["loss"])
+        self._term_sums = {name: torch.tensor(x, device=self.args.device) for name, x in sums["terms"].items()}
+        self._steps_in_sums = {name: set(steps) for name, steps in sums["steps"].items()}
+
+    def _sums_file(self, checkpoint: str) -> Path:
+        """What this process adds up until the next log, beside its random state."""
+        return Path(checkpoint, f"log_sums_{self.args.process_index}.json")
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Each file as a whole, the weights last."""
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+
+
+class SeededPerEpoch(Sampler):
+    """
+    Batches grouped by length in an order that follows from seed and epoch alone.
+
+    Args:
+        sampler ([`~transformers.trainer_pt_utils.LengthGroupedSampler`]): Its generator is set here.
+        seed (`int`): The run's.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int):
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
+
+
+def sampler_of(dataloader: Any) -> Any:
+    """The sampler of rows below the batch samplers that accelerate wraps around each other, if there is one."""
+    found: Any = getattr(dataloader, "batch_sampler", None)
+    while hasattr(found, "batch_sampler"):
+        found = found.batch_sampler
+    return getattr(found, "sampler", None)
 
 
 class ResumeNotes(TrainerCallback, ExportableState):
@@ -27,6 +243,12 @@ class ResumeNotes(TrainerCallback, ExportableState):
         self.steps = list(earlier) if state.global_step > 0 else []
         if 0 < state.global_step < state.max_steps:
             self.steps.append(state.global_step)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Resumed within an epoch, transformers does not reach the sampler of several processes.
+        sampler = sampler_of(kwargs.get("train_dataloader"))
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int(state.epoch or 0))
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"steps": self.steps}}

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .evaluating import EvaluatingTrainer
+from .numerics import NumericsWatch
 from .objective import DistillationObjective, TaskTerm
 from .publishing import PublishingTrainer
-from .resumption import ResumeNotes
+from .resumption import ResumableTrainer
 from .signals import (
     Capture,
     ItemCounts,
@@ -41,7 +42,7 @@ PROJECTION_NAME = "projection.safetensors"
 TeacherModel: TypeAlias = PreTrainedModel | str | os.PathLike
 
 
-class DistillationTrainer(PublishingTrainer, EvaluatingTrainer):
+class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer):
     """A [`~transformers.Trainer`] whose student also learns from a teacher.
 
     Training adds the terms of the objective; evaluation, prediction and saving are those of `Trainer`: no teacher
@@ -101,8 +102,9 @@ class DistillationTrainer(PublishingTrainer, EvaluatingTrainer):
             has_token_logits = problem_of(self.model) not in SEQUENCE_PROBLEMS
             self.data_collator = SignalsCollator(self.data_collator, has_token_logits=has_token_logits)
         self._set_up_distillation()
+        self.numerics = NumericsWatch(self)
+        self.add_callback(self.numerics)
         self.add_callback(_ProjectionCallback(self))
-        self.add_callback(ResumeNotes())
         # compute_loss divides by the items of the whole optimisation step, so the Trainer must not divide by the
         # accumulation steps. The first line tells transformers 4.57, the second 5.x.
         self._student_accepts_loss_kwargs, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
@@ -141,13 +143,17 @@ class DistillationTrainer(PublishingTrainer, EvaluatingTrainer):
         self._check_gradient_checkpointing()
         self._compile_teachers()
         self._prepare_projections()
-        self._term_sums: dict[str, Tensor] = {}
-        self._steps_in_sums: dict[str, set[int]] = {}
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        # Steps after the last log of an earlier run are not part of this one.
-        self._term_sums, self._steps_in_sums = {}, {}
-        return super().train(*args, **kwargs)
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also note each norm of the gradient that is computed to clip it: another look at it would take time."""
+        super().create_accelerator_and_postprocess()
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_and_note(*args: Any, **kwargs: Any) -> Any:
+            self.numerics.gradient_norm = norm = clip(*args, **kwargs)
+            return norm
+
+        self.accelerator.clip_grad_norm_ = clip_and_note
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A new student, and with it a new objective: a search over weights or temperature changed the arguments."""
@@ -187,17 +193,40 @@ class DistillationTrainer(PublishingTrainer, EvaluatingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        student_inputs = columns_for(self.student_columns, inputs)
         if not model.training:
+            student_inputs = columns_for(self.student_columns, inputs)
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch)
+        terms, student, outputs = self._forward(model, inputs, num_items_in_batch)
+        self._record(terms)
+        self.numerics.add(terms, inputs, num_items_in_batch)
+        loss = self.distillation_objective.weighted_sum(terms, self._progress)
+        if not self.distillation_objective.uses_logits(self._progress):
+            # Every parameter gets a gradient, as DDP needs, and as it then must be on one process too.
+            loss = loss + 0.0 * student.logits.float().sum()
+        return (loss, outputs) if return_outputs else loss
 
+    def terms_of(self, model: nn.Module, inputs: dict[str, Any], num_items: ItemCounts | None) -> dict[str, Tensor]:
+        """The unweighted terms of a part of an optimisation step, with their graph.
+
+        Args:
+            model (`nn.Module`): The student, in training mode.
+            inputs (`dict[str, Any]`): A batch, on the device.
+            num_items ([`ItemCounts`], *optional*): What the terms are averaged over.
+        """
+        return self._forward(model, inputs, num_items)[0]
+
+    def _forward(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Any
+    ) -> tuple[dict[str, Tensor], Signals, Any]:
+        """Terms, the student's signals and its outputs."""
+        student_inputs = columns_for(self.student_columns, inputs)
         labels = labels_of(student_inputs, self.problem)
         for name in LABEL_COLUMNS:
             student_inputs.pop(name, None)  # the task term is the objective's
         with self.capture:
             outputs = model(**student_inputs, **self.capture.forward_kwargs)
         student = self.capture.signals(outputs, student_inputs)
-        progress = self.state.global_step / max(self.state.max_steps, 1)
+        progress = self._progress
         teacher = self._teacher_signals(inputs, progress)
         task_loss = None
         has_task_term = any(isinstance(term, TaskTerm) for term in self.distillation_objective.terms_on(progress))
@@ -205,13 +234,12 @@ class DistillationTrainer(PublishingTrainer, EvaluatingTrainer):
             task_loss = self.compute_loss_func(outputs, labels, num_items_in_batch=self._num_labels_in_step)
             if self.args.average_tokens_across_devices and self._num_labels_in_step is not None:
                 task_loss = task_loss * self.accelerator.num_processes
-        terms = self._objective(student, teacher, labels, num_items_in_batch, task_loss, progress)
-        self._record(terms)
-        loss = self.distillation_objective.weighted_sum(terms, progress)
-        if not self.distillation_objective.uses_logits(progress):
-            # Every parameter gets a gradient, as DDP needs, and as it then must be on one process too.
-            loss = loss + 0.0 * student.logits.float().sum()
-        return (loss, outputs) if return_outputs else loss
+        return self._objective(student, teacher, labels, num_items, task_loss, progress), student, outputs
+
+    @property
+    def _progress(self) -> float:
+        """Share of the optimisation steps that are done."""
+        return self.state.global_step / max(self.state.max_steps, 1)
 
     def _teacher_signals(self, inputs: dict[str, Any], progress: float) -> Signals | list[Signals] | None:
         if self.teacher is None or not self.distillation_objective.compares_with_teacher(progress):
@@ -236,6 +264,8 @@ class DistillationTrainer(PublishingTrainer, EvaluatingTrainer):
                 {name: value / steps for name, value, steps in zip(self._term_sums, values, num_steps, strict=True)}
             )
             self._term_sums, self._steps_in_sums = {}, {}
+            if self.numerics.skipped_steps:
+                logs["skipped_steps"] = self.numerics.skipped_steps
             last_step = max(self.state.global_step - 1, 0)
             logs.update(self.distillation_objective.scheduled_values(last_step / max(self.state.max_steps, 1)))
         super().log(logs, *args, **kwargs)

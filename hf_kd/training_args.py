@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -90,6 +91,9 @@ class DistillationTrainingArguments(TrainingArguments):
             order, where these columns of the dataset are lists that do not come from [`cache_teacher_signals`].
         freeze_embeddings (`bool`, *optional*, defaults to `False`): Whether the student's embeddings keep the weights
             they start with: a third of a small student's step on a CPU goes into that table.
+        on_nonfinite (`str`, *optional*, defaults to `"error"`): What to do with a step whose loss or gradient is NaN
+            or infinite: `"error"` stops the training, `"skip"` leaves weights and optimizer as they are and counts
+            the step in the log.
         eval_teacher_agreement (`bool`, *optional*, defaults to `False`): Whether evaluation and prediction also run
             the teacher, and report `eval_teacher_agreement` and `eval_teacher_kl`, or for regression
             `eval_teacher_mse`; see [`TeacherAgreement`].
@@ -223,6 +227,14 @@ class DistillationTrainingArguments(TrainingArguments):
         },
     )
 
+    on_nonfinite: Literal["error", "skip"] = field(
+        default="error",
+        metadata={
+            "help": "A step whose loss or gradient is NaN or infinite: 'error' stops the training, 'skip' leaves "
+            "weights and optimizer as they are, and counts such steps in the log."
+        },
+    )
+
     # Evaluation
     eval_teacher_agreement: bool = field(
         default=False,
@@ -253,6 +265,8 @@ class DistillationTrainingArguments(TrainingArguments):
             )
         if self.teacher_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"teacher_dtype={self.teacher_dtype!r} must be one of 'float32', 'bfloat16', 'float16'.")
+        if self.on_nonfinite not in ("error", "skip"):
+            raise ValueError(f"on_nonfinite={self.on_nonfinite!r} must be 'error' or 'skip'.")
         self.objective()  # the terms check the rest
         for term in ("task", "logit", "hidden", "attention", "relation"):
             schedule = getattr(self, f"{term}_loss_schedule")
@@ -261,6 +275,13 @@ class DistillationTrainingArguments(TrainingArguments):
                     f"{term}_loss_schedule={schedule!r} multiplies {term}_loss_weight, which is 0; set "
                     f"{term}_loss_weight=1, or drop the schedule."
                 )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        device = super().device
+        # Of several processes on a CPU it is cpu:0, where torch.load finds no place for an optimizer's state.
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments | None) -> DistillationTrainingArguments:

@@ -1,0 +1,217 @@
+"""What a run that was killed, or found no room, leaves behind, and how it goes on."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soak
+import torch
+from conftest import copy_of, make_dataset, make_model, weights
+from test_distributed import ROOT, SCRIPT
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_kd import DistillationTrainer
+from hf_kd.compat import length_grouping
+from hf_kd.resumption import STAGING_NAME, SeededPerEpoch, sampler_of
+
+
+def run_python(*words):
+    """Run a script that prints what it found, in a process that can be forked: no model has run in it."""
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "tests", "recipes"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+# Killed, or out of room: the checkpoint that is left
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Real processes that die while they save their second checkpoint."""
+    return run_python(SCRIPT.with_name("killed_while_saving.py"), tmp_path_factory.mktemp("killed") / "runs")
+
+
+@pytest.mark.parametrize(
+    ("point", "last"),
+    [
+        ("nothing is written", "checkpoint-2"),
+        ("the model is written", "checkpoint-2"),
+        ("the optimizer is written", "checkpoint-2"),
+        ("random numbers are written", "checkpoint-2"),
+        ("all is written, nothing moved", "checkpoint-2"),
+        ("moved", "checkpoint-4"),
+    ],
+)
+def test_killed_while_saving(killed, point, last):
+    """transformers takes the newest folder for the newest checkpoint, whatever is missing in it."""
+    found = killed[point]
+    assert found["died"]["code"] == -9
+    assert found["left"]["last"] == last
+    # It goes on from there, to the weights and the logs of the run that was not killed.
+    assert found["resumed"] == killed["whole"]
+    assert found["after"]["files"] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("point", ["full at the model", "full at the optimizer"])
+def test_disk_full_while_saving(killed, point):
+    """A half checkpoint takes the room that the next one needs, and is found first."""
+    found = killed[point]
+    assert found["died"]["code"] == 1
+    message = found["died"]["found"]
+    assert "OSError: the checkpoint of step 4 could not be written into" in message
+    assert "make room" in message and "resume_from_checkpoint=True" in message
+    assert found["left"] == {"last": "checkpoint-2", "files": ["checkpoint-2"]}
+    assert found["resumed"] == killed["whole"]
+
+
+def test_disk_full_while_saving_the_model(killed):
+    """The student that was there is the result of hours."""
+    found = killed["model"]
+    assert found["code"] == 1 and "OSError: the model could not be written into" in found["found"]
+    assert found["is_unchanged"] and "model.safetensors" in found["files"]
+
+
+# Resumed: the run that nobody stopped
+
+
+@pytest.mark.parametrize("name", ["projections and schedules", "cached teacher, two processes"])
+def test_killed_at_random_moments(tmp_path, name):
+    """Bit for bit: weights, projections, optimizer, learning rates, logs and random numbers."""
+    script = (
+        "import json, pathlib, random, sys, soak;"
+        "print(json.dumps(soak.soak(pathlib.Path(sys.argv[1]), sys.argv[2], 5, random.Random(0))))"
+    )
+    found = run_python("-c", script, tmp_path / "run", name)
+    assert found["differences"] == [] and found["kills"] >= 2 and found["steps"] == 36
+
+
+def test_the_comparison_sees_a_difference():
+    """A digest of nothing would be equal for ever."""
+    assert soak.digest({"a": torch.ones(2)}) != soak.digest({"a": torch.ones(2) + 1e-7})
+    state = {"state": {0: {"exp_avg": torch.ones(2), "step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}
+    assert set(soak.flatten(state)) == {".state.0.exp_avg", ".state.0.step", ".param_groups.0.lr"}
+    assert len(soak.make_rows(5, seed=0)) == 5 and random.Random(0).random() == random.Random(0).random()
+
+
+class Order(TrainerCallback):
+    """The rows of each batch, by their first word, and the logs."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append({key: x for key, x in logs.items() if not key.startswith("train_")})
+
+
+def train(student, teacher, args, collator, resume=None, **kwargs):
+    record = Order()
+    trainer = DistillationTrainer(
+        copy_of(student),
+        args,
+        teacher_model=copy_of(teacher),
+        train_dataset=make_dataset(26),
+        data_collator=collator,
+        callbacks=[record],
+        **kwargs,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, record
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_resumed_within_an_epoch_of_grouped_batches(teacher, collator, make_args, accumulated):
+    """The order of the second epoch came from what dropout had left of the random numbers: rows were seen twice, and
+    others not; and the first mean in the log left out the steps before the checkpoint."""
+    student = make_model(seed=2, num_hidden_layers=2, hidden_dropout_prob=0.1)
+    changes = {"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 4, "logging_steps": 3}
+    changes |= {"gradient_accumulation_steps": accumulated, "save_strategy": "steps", "save_steps": 1}
+    args = make_args(**changes, **length_grouping())
+    whole, expected = train(student, teacher, args, collator)
+    steps_per_epoch = whole.state.max_steps // 3
+    for step in (1, steps_per_epoch, steps_per_epoch + 1, 2 * steps_per_epoch + 2):
+        checkpoint = os.path.join(args.output_dir, f"checkpoint-{step}")
+        again = make_args(
+            **{**changes, "save_strategy": "no", "output_dir": args.output_dir + "2"}, **length_grouping()
+        )
+        resumed, found = train(student, teacher, again, collator, resume=checkpoint)
+        assert torch.equal(weights(resumed.model), weights(whole.model)), step
+        assert found.logs == expected.logs[-len(found.logs) :], step
+        assert len(found.logs) >= (whole.state.max_steps - step) // 3
+
+
+def test_grouped_batches_are_drawn_from_the_seed_alone(teacher, student, collator, make_args):
+    """Every process has used up another part of its random numbers; each would draw batches of its own."""
+    trainer, _ = train(student, teacher, make_args(**length_grouping()), collator)
+    sampler = trainer._get_train_sampler()
+    assert isinstance(sampler, SeededPerEpoch) and len(sampler) == 26
+    first = list(sampler)
+    torch.rand(100)
+    assert list(sampler) == first and sorted(first) == list(range(26))
+    sampler.set_epoch(1)
+    assert list(sampler) != first and sorted(sampler) == list(range(26))
+    assert isinstance(sampler_of(trainer.get_train_dataloader()), SeededPerEpoch)
+
+
+def test_a_complete_run_trains_no_further_step(teacher, student, collator, make_args):
+    """transformers trains one more where a run of max_steps ended within an epoch: what was measured is not what is
+    saved."""
+    saving = {"max_steps": 5, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 5}
+    whole, _ = train(student, teacher, make_args(**saving), collator)
+    again, _ = train(student, teacher, make_args(**saving), collator, resume=True)
+    assert again.state.global_step == 5
+    assert torch.equal(weights(again.model), weights(whole.model))
+
+
+# What is written
+
+
+def test_the_best_checkpoint_is_where_it_is_noted(teacher, student, collator, make_args):
+    """It is noted while the checkpoint is still beside its place; the best model would not be found in the end."""
+    changes = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 5}
+    changes |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_total_limit": 2}
+    args = make_args(**changes)
+    trainer, _ = train(student, teacher, args, collator, eval_dataset=make_dataset(8, seed=5))
+    best = trainer.state.best_model_checkpoint
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert Path(best) == Path(args.output_dir, f"checkpoint-{1 + losses.index(min(losses))}")
+    left = sorted(path.name for path in Path(args.output_dir).iterdir())
+    assert left == sorted({Path(best).name, "checkpoint-5", *(["checkpoint-4"] if best.endswith("5") else [])})
+    for name in left:
+        state = json.loads(Path(args.output_dir, name, "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] is None or STAGING_NAME not in state["best_model_checkpoint"]
+    found = type(trainer.model).from_pretrained(best)
+    assert torch.equal(weights(found), weights(trainer.model))
+
+
+def test_a_checkpoint_replaces_one_of_an_earlier_run(teacher, student, collator, make_args):
+    """Resumed from the second of three, the third is there already, of a run with other arguments perhaps."""
+    saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    args = make_args(**saving)
+    train(student, teacher, args, collator)
+    checkpoint = Path(args.output_dir, "checkpoint-3")
+    (checkpoint / "of the run before").touch()
+    (Path(args.output_dir) / STAGING_NAME / "checkpoint-9").mkdir(parents=True)  # killed while it saved
+    assert get_last_checkpoint(args.output_dir) == str(checkpoint)
+    train(student, teacher, args, collator, resume=str(checkpoint.with_name("checkpoint-2")))
+    assert not (checkpoint / "of the run before").exists() and (checkpoint / "optimizer.pt").is_file()
+    assert sorted(path.name for path in Path(args.output_dir).iterdir()) == [f"checkpoint-{i}" for i in (1, 2, 3)]
+
+
+def test_no_pickle_with_the_arguments(teacher, student, collator, make_args):
+    """training_args.bin holds the user's paths and token, in a form that runs code when it is loaded."""
+    args = make_args(save_strategy="steps", save_steps=2, hub_token="hf_" + 34 * "x")
+    trainer, _ = train(student, teacher, args, collator)
+    trainer.save_model()
+    files = [path for path in Path(args.output_dir).rglob("*") if path.is_file()]
+    assert {"model.safetensors", "optimizer.pt"} <= {path.name for path in files}
+    assert [
+        path for path in files if path.name == "training_args.bin" or args.hub_token.encode() in path.read_bytes()
+    ] == []
