@@ -20,6 +20,7 @@ endif
 
 VENV        := .venv-$(LEG)
 BIN         := $(VENV)/bin
+AUDIT       := .venv-audit
 CONSTRAINTS := constraints/leg-$(LEG).txt
 # -qq: only errors; the pins leave pip nothing to warn about.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
@@ -36,7 +37,7 @@ help:
 	@echo "make demo             distil a small pretrained encoder, export and measure it, without the Hub"
 	@echo "make results          rebuild the results table: hours of training (ARGS='--glue_dir DIR --tasks mrpc rte')"
 	@echo "make test             run the tests            (ARGS='tests/objective -k kl' passes options to pytest)"
-	@echo "make quality          lint, format check, types"
+	@echo "make quality          lint, format check, types, known vulnerabilities of the pinned packages"
 	@echo "make versions         what is installed"
 	@echo "make clean            remove the environments of both legs and all caches"
 	@echo
@@ -56,6 +57,10 @@ quality: $(VENV)/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@# Newest, and apart from the pins: it is no part of what is tested.
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install -qq \
+	    --disable-pip-version-check --retries 1 --timeout 10 pip-audit; } || true
+	$(BIN)/python .ci/audit.py $(AUDIT)/bin/pip-audit constraints/leg-*.txt
 
 versions: $(VENV)/.stamp
 	@$(BIN)/python -c 'import sys, importlib.metadata as m; \
@@ -77,5 +82,5 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp
 	@touch $@
 
 clean:
-	rm -rf .venv-a .venv-b build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv-a .venv-b $(AUDIT) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find hf_kd recipes tests -type d -name __pycache__ -prune -exec rm -rf {} +

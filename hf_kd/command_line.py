@@ -1,15 +1,50 @@
-"""Reads a YAML file and overriding flags into argument dataclasses."""
+"""What a recipe and the command line say to each other: a YAML file and flags one way, an error the other."""
 
 import difflib
+import dis
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a recipe, where what is wrong with its input ends as one line, `error: ...`, and exit code 2.
+
+    That is a `ValueError`, `OSError` or `ImportError` which a `raise` statement of hf_kd or of the recipe's folder
+    made. All else is a bug, and keeps its traceback. (Under `accelerate launch` the launcher adds that its process
+    failed, below the line.)
+
+    Args:
+        main (callable): The recipe's `main`.
+    """
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        if not _is_on_purpose(error, main):
+            raise
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+def _is_on_purpose(error: BaseException, main: Callable[[], None]) -> bool:
+    """Whether a `raise` of ours made the error, and not a function that we called: the traceback of what `int("x")`
+    raises ends in the same module."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    code = last.tb_frame.f_code
+    path, recipe = Path(code.co_filename).resolve(), Path(main.__code__.co_filename).resolve()
+    is_ours = path.is_relative_to(Path(__file__).resolve().parent) or path.parent == recipe.parent
+    return is_ours and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = None, **defaults: Any) -> tuple[Any, ...]:
@@ -24,37 +59,76 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
         `tuple`: One instance of each dataclass.
 
     Raises:
-        ValueError: If the YAML file cannot be read or names an unknown argument.
+        ValueError: If the YAML file cannot be read, or the file or a flag names an unknown argument or gives one a
+            value that it does not take.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
-    known = {action.dest for action in parser._actions} - {"help"}
+    parser = _Parser(dataclass_types, allow_abbrev=False)
+    known = {action.dest: action.nargs == "+" for action in parser._actions if action.dest != "help"}
+    # Not of dataclasses.fields, whose types the parser has changed.
+    types = {name: str(hint) for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+    mappings = {name for name, hint in types.items() if "dict" in hint}
     config = {}
     if argv and argv[0].endswith((".yaml", ".yml")):
-        config = _read_yaml(Path(argv.pop(0)), known)
+        config = _read_yaml(Path(argv.pop(0)), known, mappings)
     flags = [*_as_flags(defaults), *_as_flags(config), *argv]
-    return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-
-
-def _read_yaml(path: Path, known: set[str]) -> dict[str, Any]:
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
+    # What TrainingArguments raises about a value, which may be a file that it opens or a package that is missing.
+    except (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+    if unknown:
+        raise ValueError(f"{' '.join(unknown)!r:.80} is no argument; {_hint(unknown[0].lstrip('-'), known)}")
+    return tuple(parsed)
+
+
+class _Parser(HfArgumentParser):
+    """Raises where argparse would print the hundreds of arguments there are, and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `--help` says what each argument takes.")
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.partition("=")[0], known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "`--help` lists the arguments."
+
+
+def _read_yaml(path: Path, takes_list: dict[str, bool], takes_mapping: set[str]) -> dict[str, Any]:
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"the configuration {path} cannot be read: {error}") from error
+    except RecursionError:
+        raise ValueError(f"the configuration {path} cannot be read: it is nested too deeply.") from None
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ValueError(
             f"the configuration {path} must hold lines `argument: value`, but holds {type(config).__name__}."
         )
     for name in config:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "`--help` lists the arguments."
-            raise ValueError(f"the configuration {path} sets {name!r}, which is no argument; {hint}")
+        if name not in takes_list:
+            raise ValueError(
+                f"the configuration {path} sets {name!r}, which is no argument; {_hint(name, takes_list)}"
+            )
+        value = config[name]
+        is_plain = not isinstance(value, list | dict)
+        is_list = isinstance(value, list) and not any(isinstance(item, list | dict | type(None)) for item in value)
+        if not (is_plain or (is_list and takes_list[name]) or (isinstance(value, dict) and name in takes_mapping)):
+            takes = "a list of values" if takes_list[name] else "a mapping" if name in takes_mapping else "one value"
+            raise ValueError(f"the configuration {path} sets {name} to {value!r:.80}, but it takes {takes}.")
     return config
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with numbers and words as YAML 1.2 has them, which refuses a key that is written twice."""
+    """The safe loader, with numbers and words as YAML 1.2 has them, which refuses tags, and a key written twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        tag = getattr(self.peek_event(), "tag", None)
+        if tag is not None:  # `!!int x` fails in as many ways as there are types
+            raise yaml.YAMLError(f"the tag {tag} is not needed; write the value alone.")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep=deep)
@@ -66,14 +140,14 @@ class _Loader(yaml.SafeLoader):
 
 
 # As YAML 1.2 reads them: 5e-5 is a number, 1:4, a layer map, is none (in YAML 1.1 it is 64, to base 60), and `no`,
-# as in `save_strategy: no`, is a word.
+# as in `save_strategy: no`, is a word. A date, as in `output_dir: 2025-01-31`, is one too.
 _SCALARS = {
     "tag:yaml.org,2002:bool": "true|True|TRUE|false|False|FALSE",
     "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)",
     "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
 }
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _SCALARS]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (*_SCALARS, "tag:yaml.org,2002:timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for tag, pattern in _SCALARS.items():

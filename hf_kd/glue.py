@@ -1,6 +1,7 @@
 """Text classification tasks: the nine of GLUE as one table, and the loading, tokenizing and scoring of their data."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ logger = logging.get_logger(__name__)
 UNLABELED = -100  # the label of a row without one; cross-entropy ignores it, a squared error has to be told
 
 Label = tuple[str, Any]  # where it stands; what the file says
+
+_NO_TEXT = re.compile("[\\0\ud800-\udfff]")  # what JSON and CSV let through, and tokenizers drop or refuse
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,7 @@ def load_text_files(
 
     train_labels = [(where, row.get(label_column)) for where, row in train_rows]
     validation_labels = [(where, row.get(label_column)) for where, row in validation_rows]
+    _require_one_label(train_labels + validation_labels)
     _require_labels(validation_labels)
     given_labels = [(where, label) for where, label in train_labels if _class_name(label)]
     may_be_indices = label_names is not None
@@ -388,6 +392,12 @@ def _text_values(task: TextTask, rows: list[Row]) -> dict[str, list[str]]:
             text = row.get(column)
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{where}: `{column}` is {text!r}, but a text is needed; fill it, or remove the row.")
+            if wrong := _NO_TEXT.search(text):
+                what = "a NUL byte" if wrong[0] == "\0" else "half a surrogate pair"
+                raise ValueError(
+                    f"{where}: `{column}` holds {what} ({wrong[0]!r} at {wrong.start()}), which no text does; write "
+                    "the file anew as UTF-8, or remove the row."
+                )
     return {column: [row[column] for _, row in rows] for column in task.text_columns}
 
 
@@ -400,8 +410,6 @@ def _as_float(name: str) -> float | None:
 
 def _class_name(label: Any) -> str:
     """`1`, `"1"` and `"1.0"` are one class: whole numbers with a gap come out of a spreadsheet as `"1.0"`."""
-    if isinstance(label, list | dict):
-        raise ValueError(f"the label is {label!r}, but one word or number is needed; keep one label per row.")
     name = "" if label is None or label != label else str(label).strip()
     number = _as_float(name)
     return str(int(number)) if number is not None and number.is_integer() else name
@@ -432,6 +440,14 @@ def _label_values(task: TextTask, labels: list[Label], may_be_indices: bool) -> 
                 "public test set carry no labels)."
             )
     return values
+
+
+def _require_one_label(labels: list[Label]) -> None:
+    for where, label in labels:
+        if isinstance(label, list | dict):
+            raise ValueError(
+                f"{where}: the label is {label!r:.80}, but one word or number is needed; keep one label per row."
+            )
 
 
 def _require_labels(labels: list[Label]) -> None:

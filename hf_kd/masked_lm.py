@@ -148,7 +148,7 @@ def load_masked_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(
@@ -164,7 +164,7 @@ def load_masked_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         raise ValueError(
             f"masked_lm={path!r} holds no tokenizer; save it there with tokenizer.save_pretrained(folder)."
         )
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if not tokenizer.is_fast or tokenizer.mask_token is None:
         raise ValueError(
             f"masked_lm={path!r} has a {type(tokenizer).__name__} "

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .objective import TaskTerm
 from .resumption import sampler_of
 from .signals import count_items
+from .signals.batch import has_own_rows
 
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class NumericsWatch(TrainerCallback, ExportableState):
             inputs (`dict[str, Any]`): The batch they were computed from.
             num_items: What the terms were divided by.
         """
+        if not has_own_rows(inputs):
+            return
         has_labels = count_items(inputs, self.trainer.problem).labels > 0
         self._parts.append(({name: value.detach() for name, value in terms.items()}, has_labels))
         self._inputs.append((inputs, num_items))
@@ -78,13 +81,14 @@ class NumericsWatch(TrainerCallback, ExportableState):
         norms = [] if self.trainer.accelerator.scaler is not None else self._gradient_norms()
         self.gradient_norm = None
         # One wait for the device for all of them; the Trainer has waited already to see whether the loss is NaN.
-        flat = [value for terms, _ in parts for value in terms.values()]
-        values = iter(torch.stack([x.float() for x in (*flat, *(has for _, has in parts), *norms)]).tolist())
+        flat = [value for part, _ in parts for value in part.values()]
+        flat += [has_labels for _, has_labels in parts] + norms
+        values = iter(torch.stack([x.float() for x in flat]).tolist() if flat else [])
         terms = [dict(zip(part, values, strict=False)) for part, _ in parts]
         has_labels = list(islice(values, len(parts)))
         has_finite_gradient = all(map(math.isfinite, values))
         if has_finite_gradient and all(math.isfinite(x) for part in terms for x in part.values()):
-            self._count_zeros(terms, has_labels, state.global_step + 1)
+            self._count_zeros(list(zip(terms, has_labels, strict=True)), state.global_step + 1)
         else:
             self._not_finite(terms, inputs, has_finite_gradient)
 
@@ -162,11 +166,11 @@ class NumericsWatch(TrainerCallback, ExportableState):
 
     # Exactly 0
 
-    def _count_zeros(self, terms: list[dict[str, float]], has_labels: list[float], step: int) -> None:
+    def _count_zeros(self, parts: list[tuple[dict[str, float], float]], step: int) -> None:
         of_labels = {term.name for term in self.trainer.distillation_objective.terms if isinstance(term, TaskTerm)}
-        for name in {name for part in terms for name in part}:
-            values = [part[name] for part, has in zip(terms, has_labels, strict=True) if has or name not in of_labels]
-            if not values:  # no row with a label
+        for name in {name for terms, _ in parts for name in terms}:
+            values = [terms[name] for terms, has_labels in parts if has_labels or name not in of_labels]
+            if not values:
                 continue
             self.zero_steps[name] = 0 if any(values) else self.zero_steps.get(name, 0) + 1
             if self.zero_steps[name] >= MAX_ZERO_STEPS:

@@ -28,6 +28,8 @@ ROLES = {
     "student": "student distilled",
     "int8": "student distilled + int8",
 }
+# /home/me/data, ~/data, ../data, also behind file: or in a list; not the / of org/model.
+_PATH_OUTSIDE = re.compile(r"(?<![\w./~-])(?:~\w*|\.\.)?/[^,;'\"\n]*")
 _PACKAGES = (
     *("hf-kd", "torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers"),
     *("optimum-onnx", "onnx", "onnxscript", "onnxruntime"),
@@ -116,14 +118,17 @@ def main_values(rows: Sequence[dict[str, Any]], task: str, role: str) -> list[fl
 
 
 def describe_command(argv: Sequence[str]) -> str:
-    """The command line of a script and its arguments, absolute paths shortened to their last part and tokens left
-    out."""
+    """The command line of a script and its arguments, tokens left out, and paths that lead out of the working folder
+    shortened to their last part."""
     script = Path(argv[0])
     script = Path("recipes", script.name) if script.parent.name == "recipes" else Path(script.name)
-    words = []
-    for word in argv[1:]:
+    words: list[str] = []
+    for before, word in zip(argv, argv[1:], strict=False):
         flag, equals, value = word.rpartition("=")
-        words.append(flag + equals + (Path(value).name if os.path.isabs(value) else value))
+        if (flag or before).endswith("_token"):
+            value = "hf_xxxxxxxx"  # whatever it looks like
+        shortened = _PATH_OUTSIDE.sub(lambda match: Path(match[0]).name, value)
+        words.append(flag + equals + (Path(value).name if os.path.isabs(value) else shortened))
     return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", shlex.join(["python", str(script), *words]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -73,9 +74,11 @@ class ResumableTrainer(Trainer):
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
-            if self.args.should_save and self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = checkpoint  # super() saw it in the staging folder
-                self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE_NAME))
+            if self.args.should_save:
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = checkpoint  # super() saw it in the staging folder
+                # By best_global_step alone: transformers 5 drops what it does not find where the run was before.
+                self._write_state(os.path.join(staging, name), best_model_checkpoint=None)
             self.accelerator.wait_for_everyone()  # the others have written their parts
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
@@ -97,6 +100,17 @@ class ResumableTrainer(Trainer):
             self._push_from_checkpoint(checkpoint)
         if self.args.should_save:
             rotate_checkpoints(self, run_dir)
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            best = self.state.best_model_checkpoint
+            self._write_state(self.args.output_dir, None if best is None else os.path.basename(best))
+
+    def _write_state(self, folder: str, best_model_checkpoint: str | None) -> None:
+        """As the Trainer, but for the path of the best checkpoint: the folder may move, and it can name its user."""
+        state = copy.copy(self.state)
+        state.best_model_checkpoint = best_model_checkpoint
+        state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
 
     def _move(self, staging: str, name: str, checkpoint: str) -> None:
         written, replaced = os.path.join(staging, name), os.path.join(staging, "replaced")
@@ -237,6 +251,9 @@ class ResumeNotes(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started_at = time.time()
+        best = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        if state.best_global_step and os.path.isdir(best):
+            state.best_model_checkpoint = best
         # Of the checkpoint; the Trainer hands it to this object only if it is told to.
         found = state.stateful_callbacks.get(type(self).__name__) or {}
         earlier = found.get("attributes", {}).get("steps", []) if isinstance(found, dict) else []

@@ -53,6 +53,8 @@ def _read_json(path: Path) -> Iterator[Row]:
             yield where, row
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: {error}. Write one object per line, or one list of objects.") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply; write one object of texts and a label per line.") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -100,6 +102,8 @@ def read_rows(path: Path, readers: dict[str, Callable[[Path], Iterator[Row]]] = 
     """
     if path.suffix not in readers:
         raise ValueError(f"{path}: the name has to end in {', '.join(readers)}, which says how to read it.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the file in it.")
     if not path.is_file():
         raise ValueError(f"{path} does not exist; check the path (the working folder is {Path.cwd()}).")
     try:

@@ -29,7 +29,7 @@ from .signals import (
     labels_of,
     problem_of,
 )
-from .signals.batch import LABEL_COLUMNS
+from .signals.batch import LABEL_COLUMNS, NO_OWN_ROWS, attention_mask_of, has_own_rows
 from .signals.cached_teacher import AnyTeacher, join_teachers, teachers_of_columns
 from .signals.capture import columns_for, forward_columns
 from .signals.columns import SignalsCollator, has_signal_columns
@@ -92,8 +92,6 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
                 f"what is valid; start one process per GPU: accelerate launch --num_processes {args.n_gpu} script.py."
             )
         super().__init__(model, args, *trainer_args, **kwargs)
-        if objective is not None:
-            args.check_objective_alone_describes_the_terms()
         self._given_objective = objective
         given = teacher_model if isinstance(teacher_model, list | tuple) else [teacher_model]
         self._given_teachers = [teacher for teacher in given if teacher is not None]
@@ -112,6 +110,8 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
 
     def _set_up_distillation(self) -> None:
         """Fit objective, teacher and student together; again for each student that model_init makes."""
+        if self._given_objective is not None:
+            self.args.check_objective_alone_describes_the_terms()  # a search may have set them
         objective = self.args.objective() if self._given_objective is None else self._given_objective
         self.distillation_objective: DistillationObjective = objective
         # A collator that writes the texts in the teacher's tokens too; its rows have no tokens in common.
@@ -157,6 +157,9 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A new student, and with it a new objective: a search over weights or temperature changed the arguments."""
+        if trial is not None:
+            # transformers 5 sets the trial's arguments after this: the terms would be those of the trial before.
+            self._hp_search_setup(trial)
         model = super().call_model_init(trial)
         if hasattr(self, "capture"):  # not the call within Trainer.__init__
             self.model = model
@@ -177,16 +180,31 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, ItemCounts | None]:
         """Also count the valid items of the whole optimisation step, over its batches and all processes."""
-        batches, num_labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own_rows = map(self._own_rows, epoch_iterator)
+        batches, num_labels = super().get_batch_samples(own_rows, num_batches, device)
         if not batches:
             return batches, None
-        counts = (
-            torch.stack([torch.stack(count_items(batch, self.problem)) for batch in batches]).sum(dim=0).to(device)
-        )
+        of_batches = [torch.stack(count_items(batch, self.problem)) * has_own_rows(batch) for batch in batches]
+        counts = torch.stack(of_batches).sum(dim=0).to(device)
         counts = self.accelerator.reduce(counts, reduction="sum").clamp(min=1)
         self._num_labels_in_step = num_labels
         # DDP averages gradients over the processes: dividing by the mean count makes that the sum over all of them.
         return batches, ItemCounts(*(counts / self.accelerator.num_processes))
+
+    def _own_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Without the rows from the start of the epoch with which accelerate fills its last step, so that every
+        process has a full batch: they would count twice, and the result depend on the number of processes."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        num_rows = len(attention_mask_of(batch))
+        num_own = min(max(state.remainder - self.accelerator.process_index * num_rows, 0), num_rows)
+        # A process without a row keeps one that counts for nothing: models do not take empty batches.
+        batch = {name: column[: max(num_own, 1)] for name, column in batch.items()}
+        if num_own == 0:
+            batch |= {name: torch.full_like(batch[name], -100) for name in LABEL_COLUMNS if name in batch}
+            batch[NO_OWN_ROWS] = True
+        return batch
 
     # Loss
 
@@ -230,11 +248,14 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
         teacher = self._teacher_signals(inputs, progress)
         task_loss = None
         has_task_term = any(isinstance(term, TaskTerm) for term in self.distillation_objective.terms_on(progress))
-        if self.compute_loss_func is not None and has_task_term:
+        if self.compute_loss_func is not None and has_task_term and has_own_rows(inputs):
             task_loss = self.compute_loss_func(outputs, labels, num_items_in_batch=self._num_labels_in_step)
             if self.args.average_tokens_across_devices and self._num_labels_in_step is not None:
                 task_loss = task_loss * self.accelerator.num_processes
-        return self._objective(student, teacher, labels, num_items, task_loss, progress), student, outputs
+        terms = self._objective(student, teacher, labels, num_items, task_loss, progress)
+        if not has_own_rows(inputs):
+            terms = {name: 0.0 * value for name, value in terms.items()}
+        return terms, student, outputs
 
     @property
     def _progress(self) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 from datasets import DatasetDict
 from glue_setup import DataArguments, load_data, measured_splits
 
-from hf_kd.command_line import parse_args
+from hf_kd.command_line import parse_args, run_main
 from hf_kd.deploy.benchmark import benchmark, default_variants
 from hf_kd.deploy.model_card import card_problems_warn, write_model_card
 from hf_kd.deploy.onnx import export_onnx
@@ -179,4 +179,4 @@ def print_export(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,10 +20,13 @@ from datasets import Dataset, DatasetDict
 from glue_setup import (
     DataArguments,
     add_augmented,
+    check_rows,
+    check_run,
     checkpoint_to_resume,
     evaluate_model,
     label_config,
     labeled,
+    leaves_no_empty_folder,
     load_data,
     measured_splits,
     open_hub_repository,
@@ -32,26 +35,19 @@ from glue_setup import (
     tokenize_data,
     training_defaults,
 )
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    Trainer,
-    set_seed,
-)
+from transformers import AutoConfig, DataCollatorWithPadding, PreTrainedModel, Trainer, set_seed
 from transformers.utils import logging
 
 from hf_kd import (
     DistillationCollator,
+    DistillationObjective,
     DistillationTrainer,
     DistillationTrainingArguments,
     cache_teacher_signals,
     student_from_teacher,
 )
-from hf_kd.checkpoint import check_revision
-from hf_kd.command_line import parse_args
+from hf_kd.checkpoint import check_reads, load_pretrained, load_tokenizer
+from hf_kd.command_line import parse_args, run_main
 from hf_kd.deploy.hub import push_student
 from hf_kd.deploy.model_card import card_problems_warn, write_model_card
 from hf_kd.distributed import end_training
@@ -60,7 +56,13 @@ from hf_kd.origin import identify
 from hf_kd.record import describe_distillation, remove_deployment
 from hf_kd.results import format_table, write_results
 from hf_kd.signals import problem_of
-from hf_kd.signals.teacher import check_tokenizers, load_teacher, load_teacher_tokenizer, reorder_labels
+from hf_kd.signals.teacher import (
+    check_tokenizers,
+    check_vocabulary,
+    load_teacher,
+    load_teacher_tokenizer,
+    reorder_labels,
+)
 from hf_kd.soft_labels import is_soft_label_column
 
 
@@ -213,6 +215,14 @@ def main() -> None:
     model_args, data_args, args = parse_args(
         (DistillArguments, DataArguments, DistillationTrainingArguments), **training_defaults(), learning_rate=1e-4
     )
+    check_run(args)
+    for learning_rate in model_args.learning_rates or []:
+        check_run(dataclasses.replace(args, learning_rate=learning_rate))
+    with leaves_no_empty_folder(args.output_dir):
+        distil(model_args, data_args, args)
+
+
+def distil(model_args: DistillArguments, data_args: DataArguments, args: DistillationTrainingArguments) -> None:
     if model_args.export_onnx:
         check_export_is_installed()
     if model_args.cache_teacher is not None:
@@ -221,9 +231,11 @@ def main() -> None:
     args = dataclasses.replace(args, push_to_hub=False)  # of all that is trained here, one student at the end
     data, task = load_data(data_args, args.seed, has_teacher=True)
     check_something_teaches(model_args, data_args, args, data["train"])
+    check_rows(args, task, len(data["train"]))
     texts = data
     teachers = load_task_teachers(model_args, task)
     tokenizer, student_tokenizer = load_tokenizers(model_args, model_args.separate_tokenizers)
+    objective = bind_objective(model_args, data_args, args, teachers, task, tokenizer, student_tokenizer)
     splits = measured_splits(data, task)
     # Before hours of training: a teacher that does not fit the data is found here.
     evaluated = DatasetDict({split: data[split] for split in splits})
@@ -244,7 +256,7 @@ def main() -> None:
     data = tokenize_data(data, task, reader, data_args, args, keep_texts=model_args.separate_tokenizers)
     run_teachers = teachers
     if model_args.cache_teacher is not None:
-        data["train"] = cache_teachers(model_args, args, data["train"], teachers, task, tokenizer)
+        data["train"] = cache_teachers(model_args, args, data["train"], teachers, objective, tokenizer)
         run_teachers = teachers if args.eval_teacher_agreement else []  # on the validation split
 
     trainers: list[DistillationTrainer] = []
@@ -376,7 +388,9 @@ def describe_data(data_args: DataArguments, task: TextTask, data: DatasetDict, n
         found["augmented_rows"] = len(data["train"]) - num_before
         found["augment"] = {"variants": data_args.augment}
         if data_args.augment_masked_lm is not None:
-            found["augment"]["masked_lm"] = identify(AutoConfig.from_pretrained(data_args.augment_masked_lm))
+            found["augment"]["masked_lm"] = identify(
+                AutoConfig.from_pretrained(data_args.augment_masked_lm, trust_remote_code=False)
+            )
     return found
 
 
@@ -414,18 +428,40 @@ def check_teacher_is_compared(model_args: DistillArguments, args: DistillationTr
         )
 
 
+def bind_objective(
+    model_args: DistillArguments,
+    data_args: DataArguments,
+    args: DistillationTrainingArguments,
+    teachers: list[PreTrainedModel],
+    task: TextTask,
+    tokenizer: Any,
+    student_tokenizer: Any,
+) -> DistillationObjective:
+    """What is compared of these teachers and a student, whose layers decide that; models that do not fit each other or
+    the texts are found before one of them runs."""
+    student = make_student(model_args, teachers[0] if teachers else None, task)
+    check_reads(student, "the student", student_tokenizer, data_args.max_seq_length)
+    for teacher, path in zip(teachers, model_args.teacher_model_name_or_path, strict=True):
+        check_reads(teacher, f"teacher {path}", tokenizer, data_args.max_seq_length)
+    objective = args.objective()
+    if teachers:
+        shares_tokens = not model_args.separate_tokenizers
+        if shares_tokens:
+            check_vocabulary(student.config, teachers[0].config)
+        configs = [teacher.config for teacher in teachers]
+        objective.bind(student.config, configs, problem=problem_of(student), shares_tokens=shares_tokens)
+    return objective
+
+
 def cache_teachers(
     model_args: DistillArguments,
     args: DistillationTrainingArguments,
     rows: Dataset,
     teachers: list[PreTrainedModel],
-    task: TextTask,
+    objective: DistillationObjective,
     tokenizer: Any,
 ) -> Dataset:
     """The training rows with what the objective compares of each teacher: read from the disk, if it is there."""
-    student = make_student(model_args, teachers[0], task)  # whose layers decide which of the teacher's are compared
-    objective = args.objective()
-    objective.bind(student.config, [teacher.config for teacher in teachers], problem=problem_of(student))
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return cache_teacher_signals(
         rows,
@@ -445,6 +481,12 @@ def load_task_teachers(model_args: ModelArguments, task: TextTask) -> list[PreTr
     """The teachers, their classes in the task's order."""
     teachers = [load_teacher(path, revision) for path, revision in model_args.teachers()]
     for path, teacher in zip(model_args.teacher_model_name_or_path, teachers, strict=True):
+        problem = "regression" if task.is_regression else "single_label_classification"
+        if problem_of(teacher) != problem:
+            raise ValueError(
+                f"the labels of {task.name} make it {problem}, and teacher {path} solves {problem_of(teacher)} with "
+                f"{teacher.config.num_labels} labels; take a teacher of this task, or correct the label column."
+            )
         if model_args.teacher_label_names is not None:
             teacher.config.id2label = dict(enumerate(model_args.teacher_label_names))
         if task.label_names is not None:
@@ -466,13 +508,13 @@ def load_tokenizers(model_args: ModelArguments, separate: bool = False) -> tuple
     The teacher's reads: a DistilBERT student's own one writes no segments, which a BERT teacher was trained with.
     """
     if not model_args.teacher_model_name_or_path:  # soft labels teach
-        tokenizer = load_student(AutoTokenizer, model_args)
+        tokenizer = load_student_tokenizer(model_args)
         return tokenizer, tokenizer
     (teacher_path, teacher_revision), *others = model_args.teachers()
     teacher_tokenizer = load_teacher_tokenizer(teacher_path, teacher_revision)
     tokenizer = teacher_tokenizer
     if model_args.student_model_name_or_path is not None:
-        tokenizer = load_student(AutoTokenizer, model_args)
+        tokenizer = load_student_tokenizer(model_args)
     if tokenizer is None or (separate and teacher_tokenizer is None):
         raise ValueError(f"{teacher_path} holds no tokenizer; save it there with tokenizer.save_pretrained(folder).")
     if not separate:
@@ -482,22 +524,17 @@ def load_tokenizers(model_args: ModelArguments, separate: bool = False) -> tuple
     return teacher_tokenizer or tokenizer, tokenizer
 
 
-def load_student(auto_class: Any, model_args: ModelArguments, **kwargs: Any) -> Any:
-    """The model, or the tokenizer, of a pretrained student."""
+def load_student_tokenizer(model_args: ModelArguments) -> Any:
+    """The tokenizer of a pretrained student."""
     path, revision = model_args.student_model_name_or_path, model_args.student_revision
-    check_revision(path, "student_model_name_or_path", revision)
-    try:
-        return auto_class.from_pretrained(path, revision=revision or "main", **kwargs)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"student_model_name_or_path={path!r} is not a model folder or a Hub id that can be reached: {error}"
-        ) from error
+    return load_tokenizer(path, "student_model_name_or_path", revision=revision)
 
 
 def make_student(model_args: ModelArguments, teacher: PreTrainedModel | None, task: TextTask) -> PreTrainedModel:
     """A fresh student, the same one after the same `set_seed`; without a teacher that of its own name."""
     if teacher is None or model_args.student_model_name_or_path is not None:
-        return load_student(AutoModelForSequenceClassification, model_args, **label_config(task))
+        path, revision = model_args.student_model_name_or_path, model_args.student_revision
+        return load_pretrained(path, "student_model_name_or_path", revision=revision, **label_config(task))
     num_layers = model_args.student_num_layers
     if num_layers is None and model_args.student_layers is None:
         num_layers = max(1, teacher.config.num_hidden_layers // 2)
@@ -537,4 +574,4 @@ def evaluate_teachers(
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

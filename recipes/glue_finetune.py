@@ -11,14 +11,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from glue_setup import (
     DataArguments,
+    check_rows,
+    check_run,
     checkpoint_to_resume,
     evaluate_model,
     label_config,
     labeled,
+    leaves_no_empty_folder,
     load_data,
     measured_splits,
     open_hub_repository,
@@ -26,16 +29,10 @@ from glue_setup import (
     tokenize_data,
     training_defaults,
 )
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
-from hf_kd.command_line import parse_args
+from hf_kd.checkpoint import check_reads, load_pretrained, load_tokenizer
+from hf_kd.command_line import parse_args, run_main
 from hf_kd.deploy.hub import push_files
 from hf_kd.deploy.model_card import card_problems_warn
 from hf_kd.distributed import end_training
@@ -48,20 +45,31 @@ class ModelArguments:
     """What to fine-tune."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a pretrained encoder."})
-    role: str = field(default="teacher", metadata={"help": "Its role in results.json: teacher or baseline."})
+    role: Literal["teacher", "baseline"] = field(
+        default="teacher", metadata={"help": "Its role in results.json: teacher or baseline."}
+    )
 
 
 def main() -> None:
     model_args, data_args, args = parse_args(
         (ModelArguments, DataArguments, TrainingArguments), **training_defaults(), learning_rate=5e-5
     )
+    check_run(args)
+    with leaves_no_empty_folder(args.output_dir):
+        finetune(model_args, data_args, args)
+
+
+def finetune(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     repo_id = open_hub_repository(args)
     args = dataclasses.replace(args, push_to_hub=False)  # the Trainer sends all that it finds in its folder
     set_seed(args.seed)
 
     data, task = load_data(data_args, args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    model = AutoModelForSequenceClassification.from_pretrained(model_args.model_name_or_path, **label_config(task))
+    check_rows(args, task, len(labeled(data["train"], "label")))
+    path, argument = model_args.model_name_or_path, "model_name_or_path"
+    model = load_pretrained(path, argument, **label_config(task))
+    tokenizer = load_tokenizer(path, argument)
+    check_reads(model, argument, tokenizer, data_args.max_seq_length)
     data = tokenize_data(data, task, tokenizer, data_args, args)
     data["train"] = labeled(data["train"])
 
@@ -116,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

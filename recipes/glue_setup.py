@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +118,80 @@ def training_defaults() -> dict[str, Any]:
     }
 
 
+def check_run(args: TrainingArguments) -> None:
+    """What `TrainingArguments` lets pass, and would fail or train nothing hours later."""
+    lowest = {
+        "learning_rate": 0.0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "adam_epsilon": 0.0,
+        "seed": 0,
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+    }
+    for name, value in lowest.items():
+        given = getattr(args, name)
+        if not (math.isfinite(given) and given >= value):
+            raise ValueError(f"{name}={given} must be a finite number of {value} or more.")
+    if args.seed >= 2**32:
+        raise ValueError(f"seed={args.seed} must be below 2**32.")
+    if args.max_steps <= 0 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
+        raise ValueError(
+            f"num_train_epochs={args.num_train_epochs} and max_steps={args.max_steps} train nothing; set "
+            "--num_train_epochs 3, for example."
+        )
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16=True needs a GPU, and the run is on the CPU; drop --fp16, or use --bf16 true.")
+    _check_output_dir(Path(args.output_dir).absolute())
+    checkpoint_to_resume(args, args.output_dir)
+
+
+def _check_output_dir(folder: Path) -> None:
+    """Whether it can be written to, or made; nothing is made yet."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={str(folder)!r} is no folder that can be written to: {error.strerror}: {str(there)!r}; give "
+            "another --output_dir."
+        ) from error
+
+
+def check_rows(args: TrainingArguments, task: TextTask, num_rows: int) -> None:
+    """Whether the training rows make a step, and the best checkpoint is chosen by a metric that there is."""
+    batch_size = args.per_device_train_batch_size * max(args.world_size, 1)
+    if num_rows == 0 or (args.dataloader_drop_last and num_rows < batch_size):
+        raise ValueError(
+            f"{num_rows} training rows fill no batch of {batch_size}, and dataloader_drop_last="
+            f"{args.dataloader_drop_last}, so that no step would be made; set --per_device_train_batch_size "
+            f"{max(num_rows // max(args.world_size, 1), 1)} or less, or drop --dataloader_drop_last."
+        )
+    names = ("loss", *task.metric_names, *(["combined_score"] if len(task.metric_names) > 1 else []))
+    names = (*names, "teacher_agreement", "teacher_kl", "teacher_mse")
+    asked = args.metric_for_best_model
+    if asked is not None and asked.removeprefix("eval_") not in names:
+        raise ValueError(
+            f"metric_for_best_model={asked!r} is no metric of {task.name}; use one of {', '.join(names[:-3])}."
+        )
+
+
+@contextlib.contextmanager
+def leaves_no_empty_folder(folder: str | Path) -> Iterator[None]:
+    """A `Trainer` makes its output folder before it looks at the rest of its arguments."""
+    folder = Path(folder).absolute()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(OSError):  # it holds something by now
+            for path in missing:
+                path.rmdir()
+        raise
+
+
 def load_data(args: DataArguments, seed: int, has_teacher: bool = False) -> tuple[DatasetDict, TextTask]:
     """The task's splits with text columns and `label`; unlabelled rows (-100) are part of `train`.
 
@@ -202,6 +280,11 @@ def checkpoint_to_resume(args: TrainingArguments, folder: str | Path) -> str | N
             f"resume_from_checkpoint={asked!r} is not a checkpoint below output_dir={args.output_dir!r}; give one, or "
             "`--resume_from_checkpoint true` for the newest."
         )
+    if not (checkpoint / "trainer_state.json").is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={asked!r} holds no trainer_state.json, so it is no checkpoint of a training; "
+            "give a folder checkpoint-N, or `--resume_from_checkpoint true` for the newest."
+        )
     return str(checkpoint) if checkpoint.parent == folder else None
 
 
@@ -233,7 +316,8 @@ def evaluate_model(trainer: Trainer, data: DatasetDict, splits: tuple[str, ...])
     """Metrics by split, without the prefix and the timings that `Trainer.evaluate` adds."""
     metrics = {}
     for split in splits:
-        found = trainer.evaluate(data[split], metric_key_prefix=split)
+        with _reads_all_rows(trainer.args):
+            found = trainer.evaluate(data[split], metric_key_prefix=split)
         timings = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
         metrics[split] = {
             name.removeprefix(f"{split}_"): value
@@ -241,6 +325,18 @@ def evaluate_model(trainer: Trainer, data: DatasetDict, splits: tuple[str, ...])
             if name.startswith(f"{split}_") and not name.endswith(timings)
         }
     return metrics
+
+
+@contextlib.contextmanager
+def _reads_all_rows(args: TrainingArguments, **changes: Any) -> Iterator[None]:
+    """Evaluation drops the last batch, where it is not full, if the training does."""
+    changes["dataloader_drop_last"] = False
+    as_trained = {name: getattr(args, name) for name in changes}
+    vars(args).update(changes)
+    try:
+        yield
+    finally:
+        vars(args).update(as_trained)
 
 
 def save_predictions(
@@ -252,13 +348,8 @@ def save_predictions(
     indices, or scores for regression. The student's run begins it anew.
     """
     # Grouped by length, the rows come in another order each time, and evaluation follows the training's argument.
-    ((name, in_file_order),) = length_grouping(False).items()
-    as_trained = getattr(trainer.args, name)
-    setattr(trainer.args, name, in_file_order)
-    try:
+    with _reads_all_rows(trainer.args, **length_grouping(False)):
         output = trainer.predict(data[split])  # by all processes together
-    finally:
-        setattr(trainer.args, name, as_trained)
     if not trainer.is_world_process_zero():
         return
     logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions

@@ -184,11 +184,15 @@ def test_the_best_checkpoint_is_where_it_is_noted(teacher, student, collator, ma
     assert Path(best) == Path(args.output_dir, f"checkpoint-{1 + losses.index(min(losses))}")
     left = sorted(path.name for path in Path(args.output_dir).iterdir())
     assert left == sorted({Path(best).name, "checkpoint-5", *(["checkpoint-4"] if best.endswith("5") else [])})
-    for name in left:
-        state = json.loads(Path(args.output_dir, name, "trainer_state.json").read_text())
-        assert state["best_model_checkpoint"] is None or STAGING_NAME not in state["best_model_checkpoint"]
     found = type(trainer.model).from_pretrained(best)
     assert torch.equal(weights(found), weights(trainer.model))
+    # In another place, and after the end: the best is still known, and loaded.
+    moved = args.output_dir + " moved"
+    os.rename(args.output_dir, moved)
+    again = make_args(**changes, output_dir=moved)
+    resumed, _ = train(student, teacher, again, collator, resume=True, eval_dataset=make_dataset(8, seed=5))
+    assert Path(resumed.state.best_model_checkpoint) == Path(moved, Path(best).name)
+    assert torch.equal(weights(resumed.model), weights(trainer.model))
 
 
 def test_a_checkpoint_replaces_one_of_an_earlier_run(teacher, student, collator, make_args):

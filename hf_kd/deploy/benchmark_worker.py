@@ -47,7 +47,8 @@ class _TorchTextClassifier(OnnxTextClassifier):
         self.torch = torch
         folder = model_file.parent
         self.model = load_finetuned(folder, argument="path", dtype=getattr(torch, self.dtype)).eval()
-        columns = ("attention_mask", *AutoTokenizer.from_pretrained(folder).model_input_names)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        columns = ("attention_mask", *tokenizer.model_input_names)
         return [name for name in inspect.signature(self.model.forward).parameters if name in columns]
 
     def run(self, batch: dict[str, np.ndarray]) -> np.ndarray:

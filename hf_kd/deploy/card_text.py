@@ -43,19 +43,31 @@ MAX_LABELS = 40
 
 
 def plain(value: Any, limit: int = 200) -> str:
-    """Text in which nothing is Markdown or HTML."""
-    text = " ".join(str(value).split())[:limit]
+    """Text in which nothing is Markdown, HTML or an address that becomes a link."""
+    text = _one_line(value, limit)
     # Within a word an underscore is one; at the start of a line a dash, or a number with a dot, begins a list.
     safe = re.compile(
-        r"\w(?<!_)|(?<=[^\W_])_(?=[^\W_])|[ ,:;()/'\"%]|(?<=.)[+=-]|(?<![0-9])[.]|(?<=.)(?<=\d)[.](?=\d)"
+        r"\w(?<!_)|(?<=[^\W_])_(?=[^\W_])|[ ,;()/'\"%]|:(?!/)|(?<=.)[+=-]"
+        r"|(?<![0-9])(?<!www)[.]|(?<=.)(?<=\d)[.](?=\d)",
+        re.IGNORECASE,
     )
     return "".join(char if safe.match(text, position) else f"&#{ord(char)};" for position, char in enumerate(text))
 
 
 def code(value: Any, limit: int = 200) -> str:
     """A name as code; as plain text where its characters could end the code."""
-    text = " ".join(str(value).split())[:limit]
+    text = _one_line(value, limit)
     return f"`{text}`" if re.fullmatch(r"[\w ./:+=@,'()-]+", text) else plain(text, limit)
+
+
+def _one_line(value: Any, limit: int) -> str:
+    """Without characters that cannot be seen: some turn the text around them, or cannot be written."""
+    return "".join(char for char in " ".join(str(value).split()) if char.isprintable())[:limit]
+
+
+def is_hub_id(name: Any) -> bool:
+    """Whether a name can stand in an address of the Hub; a data set with signals says any name of its teacher."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name, re.ASCII) is not None
 
 
 def count(number: int, what: str) -> str:
@@ -69,6 +81,20 @@ def listed(items: Iterable[str], joint: str = "and") -> str:
 
 def millions(parameters: int) -> str:
     return f"{parameters / 1e6:.2f}M" if parameters < 1e6 else f"{parameters / 1e6:.1f}M"
+
+
+def with_plain_names(row: Facts) -> dict[str, Any]:
+    """A row of results whose names can stand in a table."""
+    names = {name: plain(row[name]) for name in ("task", "variant", "cpu") if row.get(name) is not None}
+    found = {**row, **names}
+    if row.get("main_metric"):
+        found["main_metric"] = {name: plain(value) for name, value in row["main_metric"].items()}
+    if row.get("metrics"):
+        found["metrics"] = {
+            plain(split): {plain(name): value for name, value in metrics.items()}
+            for split, metrics in row["metrics"].items()
+        }
+    return found
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
@@ -89,7 +115,7 @@ def link(model: Facts) -> str:
         return f"the soft labels in the column {code(model['column'])} of the training data"
     if model.get("name") is None:
         return "a model without a name"
-    if not model.get("is_hub_id"):
+    if not model.get("is_hub_id") or not is_hub_id(model["name"]):
         return code(model["name"])
     return f"[{plain(model['name'])}](https://huggingface.co/{model['name']})"
 
@@ -149,7 +175,7 @@ def describe_own_metrics(row: Facts | None, num_seeds: int) -> str:
         for split, metrics in row["metrics"].items()
     ]
     is_one_of_several = num_seeds > 1 and row.get("seed") is not None
-    of_seed = f", which is the one of seed {row['seed']}" if is_one_of_several else ""
+    of_seed = f", which is the one of seed {plain(row['seed'])}" if is_one_of_several else ""
     return f"Metrics of this student{of_seed}: {'; '.join(words)}."
 
 
@@ -448,7 +474,7 @@ def describe_training(training: Facts, row: Facts | None) -> str:
     optimizer = f"{plain(training['optimizer'])}, l" if training.get("optimizer") else "L"
     lines.append(f"{optimizer}earning rate {listed(f'{rate:g}' for rate in rates)}{chosen}")
     if arguments := training.get("arguments"):
-        lines.append(", ".join(f"`{name}` {_argument(value)}" for name, value in sorted(arguments.items())))
+        lines.append(", ".join(f"{code(name)} {_argument(value)}" for name, value in sorted(arguments.items())))
     precision = training["precision"]
     precise = "float32" if precision == "float32" else f"Weights and computation in {plain(precision)}"
     precise = f"Mixed precision, {plain(precision)}" if precision in ("bf16", "fp16", "fp8") else precise

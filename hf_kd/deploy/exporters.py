@@ -127,7 +127,18 @@ def _finish(traced: Path, inputs: Mapping[str, torch.Tensor], path: Path) -> Non
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "batch_size"
     # Sizes in between carry the exporter's own symbols, which the new names would contradict.
     del model.graph.value_info[:]
+    _forget_where_it_was_made(model)
     write_single_file(model, path)
+
+
+def _forget_where_it_was_made(model: onnx.ModelProto) -> None:
+    """The lines of code that each node was traced from, with the paths of this machine."""
+    graph = model.graph
+    nodes = [*graph.node, *(node for function in model.functions for node in function.node)]
+    values = [*graph.input, *graph.output, *graph.initializer]
+    for part in (model, graph, *model.functions, *nodes, *values):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
 
 
 @contextlib.contextmanager

@@ -163,7 +163,10 @@ def _check_onnx(folder: Path, model: PreTrainedModel) -> None:
     """A student that was trained again lies beside the ONNX files of the one before."""
     try:
         check_parity(
-            model, AutoTokenizer.from_pretrained(folder), OnnxTextClassifier.from_pretrained(folder, FP32_FILE), _TEXTS
+            model,
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+            OnnxTextClassifier.from_pretrained(folder, FP32_FILE),
+            _TEXTS,
         )
     except ImportError as error:
         logger.warning(f"{FP32_FILE} is published without a look at whether it is this student's: {error}")

@@ -256,7 +256,7 @@ class StudentCard:
                 return None
             if start.get("teacher") is not None:  # else it says itself what it was copied from
                 source = self.distillation["teachers"][start["teacher"]]
-        if source.get("is_hub_id"):
+        if source.get("is_hub_id") and card_text.is_hub_id(source["name"]):
             return source["name"]
         found = source.get("base_model")
         return found if found and _are_hub_ids(found) else None
@@ -335,7 +335,7 @@ class StudentCard:
             "title": card_text.plain(self.title),
             "summary": card_text.summary(made, self.student, self.data, self.problem),
             "labels": card_text.describe_labels(self.problem, self.config.get("id2label") or {}),
-            "quality": format_table([_with_plain_names(row) for row in self.rows]) if self.rows else "",
+            "quality": format_table(list(map(card_text.with_plain_names, self.rows))) if self.rows else "",
             "own_metrics": card_text.describe_own_metrics(measured, len(seeds)),
             "comparison": card_text.compare_with_baseline(self.rows, self.comparisons, task),
             "num_teacher_rows": sum((row["role"], row["task"]) == ("teacher", task) for row in self.rows),
@@ -404,17 +404,7 @@ def _known(facts: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def _are_hub_ids(found: str | Sequence[str]) -> bool:
     names = [found] if isinstance(found, str) else list(found)
-    return all(isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) for name in names)
-
-
-def _with_plain_names(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose names can stand in a table."""
-    main = {name: card_text.plain(value) for name, value in row["main_metric"].items()}
-    metrics = {
-        card_text.plain(split): {card_text.plain(name): value for name, value in found.items()}
-        for split, found in row["metrics"].items()
-    }
-    return {**row, "task": card_text.plain(row["task"]), "main_metric": main, "metrics": metrics}
+    return all(map(card_text.is_hub_id, names))
 
 
 def _as_row(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:

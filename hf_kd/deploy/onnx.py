@@ -25,7 +25,7 @@ from .exporters import OPSETS, find_exporter, opset_of
 from .graph import optimize_for_cpu
 from .parity import check_parity, spread_over_lengths
 from .quantization import Int8Settings, QuantizationError, quantize_within
-from .staging import staged
+from .staging import is_staging, staged
 
 
 logger = logging.get_logger(__name__)
@@ -218,7 +218,7 @@ def _check_output_dir(output_dir: Path, in_place: bool) -> None:
     holds_a_model = any(output_dir.glob("*.safetensors")) or any(output_dir.glob("*.bin"))
     if in_place or not output_dir.is_dir() or (is_earlier_export and not holds_a_model):
         return
-    if any(output_dir.iterdir()):
+    if any(not is_staging(path, output_dir) for path in output_dir.iterdir()):
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds other files; give a new folder, an earlier export, or the model's "
             "own folder."
@@ -236,7 +236,9 @@ def _load(
         )
     tokenizer = None
     if has_tokenizer(model_dir):
-        tokenizer = AutoTokenizer.from_pretrained(str(model_dir), revision=revision or "main", token=token)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(model_dir), revision=revision or "main", token=token, trust_remote_code=False
+        )
     if tokenizer is None or not tokenizer.is_fast:
         raise ValueError(
             f"model_dir={str(model_dir)!r} holds no tokenizer that can be saved as tokenizer.json; save the one it "

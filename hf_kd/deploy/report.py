@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ..files import whole_file
 from ..results import format_table, read_results
 from .benchmark import MIN_CPU_SHARE, find_latency, speedup
+from .card_text import code, plain, table, with_plain_names
 
 
 Row = dict[str, Any]  # of [`~hf_kd.deploy.benchmark.benchmark`]
@@ -53,18 +55,13 @@ def write_report(results_path: str | os.PathLike, output_dir: str | os.PathLike 
     output_dir = Path(output_dir) if output_dir is not None else results_path.parent
     output_dir.mkdir(parents=True, exist_ok=True)
     report, picture = output_dir / "report.md", output_dir / "pareto.png"
-    new_report, new_picture = output_dir / "report.md.tmp", output_dir / "pareto.png.tmp"
     benchmark = results.get("benchmark") or []
     has_picture = any(row["metrics"] for row in benchmark)
-    try:
+    with whole_file(report) as new_report:
         new_report.write_text(_format_report(results, picture.name if has_picture else None), encoding="utf-8")
         if has_picture:
-            plot_pareto(benchmark, new_picture)
-            new_picture.replace(picture)
-        new_report.replace(report)
-    finally:
-        new_report.unlink(missing_ok=True)
-        new_picture.unlink(missing_ok=True)
+            with whole_file(picture) as new_picture:
+                plot_pareto(benchmark, new_picture)
     return report
 
 
@@ -108,9 +105,9 @@ def format_benchmark(rows: Sequence[Row], threads: int = 1) -> str:
     return "\n\n".join(
         [
             f"Latency of the model, batch size {smallest}, {count}:",
-            _table(latency),
+            table(latency),
             f"Throughput, {count}:",
-            _table(throughput),
+            table(throughput),
         ]
     )
 
@@ -172,9 +169,9 @@ def plot_pareto(rows: Sequence[Row], path: str | os.PathLike) -> Any:
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel(f"latency: p50 at batch size {batch_sizes[0]}, {lengths[-1]} tokens (ms, log scale)")
     main_metric = rows[0]["main_metric"]
-    axes.set_ylabel(f"{main_metric['split']} {main_metric['name']} (points of 100)")
+    axes.set_ylabel(f"{main_metric['split']} {main_metric['name']} (points of 100)", parse_math=False)
     place = f"{rows[0].get('task') or 'model'} on {rows[0].get('cpu') or 'this CPU'}"
-    axes.set_title(f"{place}, {threads} thread{'s' if threads > 1 else ''}\n", loc="left")
+    axes.set_title(f"{place}, {threads} thread{'s' if threads > 1 else ''}\n", loc="left", parse_math=False)
     note = "Area: size on disk. Dashed: the Pareto front; no variant beats those on it in both."
     axes.text(0, 1.02, note, fontsize=8, color="0.3", transform=axes.transAxes)
     axes.spines[["top", "right"]].set_visible(False)
@@ -206,7 +203,7 @@ def _place_labels(axes: Any, names: Sequence[str], centers: Any, areas: Sequence
     radii = [pixels * (area / math.pi) ** 0.5 for area in areas]
     taken = [Bbox([[x - r, y - r], [x + r, y + r]]) for (x, y), r in zip(places, radii, strict=True)]
     for name, center, (x, y), radius in zip(names, centers, places, radii, strict=True):
-        style = {"fontsize": 8, "linespacing": 1.2, "ha": "center", "va": "center"}
+        style = {"fontsize": 8, "linespacing": 1.2, "ha": "center", "va": "center", "parse_math": False}
         text = axes.text(*center, name, **style)
         width, height = text.get_window_extent().size
         text.remove()
@@ -259,16 +256,12 @@ def _number(value: float | None, digits: int, unit: float = 1) -> str:
     return "" if value is None else f"{value / unit:.{digits}f}"
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    ruler = ["---"] * len(lines[0])
-    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], ruler, *lines[1:]))
-
-
 # The report, section by section
 
 
 def _format_report(results: dict[str, Any], picture: str | None) -> str:
-    rows, benchmark, export = results.get("rows") or [], results.get("benchmark") or [], results.get("export")
+    rows, benchmark = ([with_plain_names(row) for row in results.get(part) or []] for part in ("rows", "benchmark"))
+    export = results.get("export")
     tasks = dict.fromkeys(row["task"] for row in (*rows, *benchmark) if row.get("task"))
     sections = [f"# Results: {', '.join(tasks) or 'model'}"]
     if rows:
@@ -276,7 +269,7 @@ def _format_report(results: dict[str, Any], picture: str | None) -> str:
     if benchmark:
         sections += ["## Speed, size and quality on the CPU"]
         if results.get("weights"):
-            sections.append(f"The weights are {results['weights']}: the figures say nothing about quality.")
+            sections.append(f"The weights are {plain(results['weights'])}: the figures say nothing about quality.")
         if picture is not None:
             sections.append(f"![Main metric over latency, with the size on disk as the area]({picture})")
         counts = sorted({cell["threads"] for row in benchmark for cell in row["latency"]})
@@ -311,7 +304,8 @@ def _describe_benchmark(rows: Sequence[Row]) -> str:
 
 
 def _describe_export(export: dict[str, Any]) -> list[str]:
-    lines = [f"- Backend: {export.get('backend')}, opset {export.get('opset')}; graph {export.get('graph')}"]
+    backend, opset, graph = (plain(export.get(name)) for name in ("backend", "opset", "graph"))
+    lines = [f"- Backend: {backend}, opset {opset}; graph {graph}"]
     if parity := export.get("parity"):
         lines.append(
             f"- Against torch: logits differ by at most {parity['max_difference']:.1e} over {parity['rows']} rows"
@@ -321,37 +315,39 @@ def _describe_export(export: dict[str, Any]) -> list[str]:
     if int8:
         lines += _describe_int8(int8)
     if cpu := export.get("cpu"):
-        lines.append(f"- CPU: {cpu['model']} ({cpu['architecture']}), cores: {cpu['cores']}, {' '.join(cpu['flags'])}")
+        model, architecture, flags = plain(cpu["model"]), plain(cpu["architecture"]), plain(" ".join(cpu["flags"]))
+        lines.append(f"- CPU: {model} ({architecture}), cores: {plain(cpu['cores'])}, {flags}")
     tried = [
-        [str(attempt["settings"]), f"{100 * attempt['metric']:.2f}", f"{100 * attempt['drop']:.2f}"]
+        [plain(attempt["settings"]), f"{100 * attempt['metric']:.2f}", f"{100 * attempt['drop']:.2f}"]
         for attempt in int8.get("attempts") or []
     ]
-    table = ["What was tried for int8, in this order:", _table([["settings", "metric", "drop"], *tried])]
-    return ["\n".join(lines), *(table if tried else [])]
+    attempts = ["What was tried for int8, in this order:", table([["settings", "metric", "drop"], *tried])]
+    return ["\n".join(lines), *(attempts if tried else [])]
 
 
 def _describe_int8(int8: dict[str, Any]) -> list[str]:
     kept = int8.get("nodes_in_fp32") or []
     settings = (
-        f"- int8: {int8['method']}, {'per channel' if int8.get('per_channel') else 'per tensor'}, "
+        f"- int8: {plain(int8['method'])}, {'per channel' if int8.get('per_channel') else 'per tensor'}, "
         f"{'7-bit' if int8.get('reduce_range') else '8-bit'} weights, {len(kept)} nodes in fp32"
     )
     if metric := int8.get("metric"):
         outcome = (
-            f"- {metric['name']} {100 * metric['fp32']:.2f} in fp32, {100 * metric['int8']:.2f} in int8: dropped by "
-            f"{100 * metric['drop']:.2f} points, {100 * metric['max_drop']:.2f} allowed"
+            f"- {plain(metric['name'])} {100 * metric['fp32']:.2f} in fp32, {100 * metric['int8']:.2f} in int8: "
+            f"dropped by {100 * metric['drop']:.2f} points, {100 * metric['max_drop']:.2f} allowed"
         )
     elif int8.get("failed"):
         outcome = "- no int8 file kept the metric: none was written"
     else:
         outcome = "- the metric of the int8 file was not measured during the export"
-    return [settings + "".join(f"; `{name}`" for name in kept), outcome]
+    return [settings + "".join(f"; {code(name)}" for name in kept), outcome]
 
 
 def _describe_run(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items() if version)
-    facts = {"Command": f"`{run.get('command')}`", "Versions": versions, "Hardware": run.get("hardware")}
-    facts["Commit"] = run.get("commit") or "none: an installed package"
+    facts = {"Command": code(run.get("command"), limit=2000), "Versions": plain(versions, limit=2000)}
+    facts["Hardware"] = plain(run.get("hardware"))
+    facts["Commit"] = plain(run.get("commit") or "none: an installed package")
     return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 

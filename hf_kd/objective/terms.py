@@ -31,7 +31,9 @@ _OWN_ARGUMENTS = {"num_items", "class_mask", "reach", "head_reduction", "relatio
 
 @dataclass(frozen=True)
 class TaskTerm:
-    """The loss against the labels; what has no label (-100) is left out.
+    """The loss against the labels, as the models of transformers compute it; what has no label (-100) is left out.
+
+    For question answering it depends on the width of the batch: the models choose among padding, too.
 
     Args:
         weight (`float`, *optional*, defaults to 0.5): Factor of the term in the sum.
@@ -59,7 +61,8 @@ class LogitTerm:
         weight (`float`, *optional*, defaults to 0.5): Factor of the term in the sum.
         type (`str`, *optional*):
             `"kl"`, `"soft_ce"`, `"reverse_kl"`, `"js"`, `"mse"`, `"dist"`, `"standardized_kl"` or `"decoupled_kl"`,
-            see `losses`. By default `"kl"` for classes and `"mse"` for regression.
+            see `losses`. By default `"kl"` for classes and `"mse"` for regression. `"dist"` compares the rows that one
+            process has in one micro-batch with each other, so its value changes with their number.
         temperature (`float`, *optional*, defaults to 2.0): Softening of every type but `"mse"`, > 0.
         options (`dict`, *optional*):
             Further arguments of the type: `beta` of `"js"`, `target_weight` and `non_target_weight` of
@@ -175,7 +178,8 @@ class RelationTerm:
     """The loss against relations within the teacher, mean over the layer pairs: between the tokens of a row
     (`"minilm_v2"`, `"minilm_v1"`), or between the rows of a batch, by their [CLS] states (the other types).
 
-    Relations between rows are those of the batch that one process sees at once: they change with its size.
+    Relations between rows are those among the rows that one process has in one micro-batch, and with none of other
+    processes or accumulation steps: the value changes with `per_device_train_batch_size`.
 
     Args:
         weight (`float`, *optional*, defaults to 1.0): Factor of the term in the sum.
@@ -233,7 +237,8 @@ class CustomTerm:
     Args:
         function (`Callable`):
             Takes the [`Signals`] of the student, those of the teacher and the labels (or `None`); returns a scalar,
-            averaged over the rows.
+            averaged over the rows. These are the rows that one process has in one micro-batch; the step's value is
+            the mean over all of them, weighed by their rows.
         weight (`float`, *optional*, defaults to 1.0): Factor of the term in the sum.
         hidden_layers (`str` or list of pairs, *optional*): Layers whose hidden states the function reads.
         attention_layers (`str` or list of pairs, *optional*): Layers whose queries, keys and values it reads.

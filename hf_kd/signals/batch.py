@@ -12,6 +12,8 @@ from .problem import ProblemType
 
 # Columns of a batch that say what is right.
 LABEL_COLUMNS = ("labels", "start_positions", "end_positions")
+# Marks a batch whose one row belongs to another process: it is there for the model alone.
+NO_OWN_ROWS = "no_own_rows"
 
 
 @dataclass
@@ -56,6 +58,11 @@ class ItemCounts(NamedTuple):
     labels: Tensor
     tokens: Tensor
     token_pairs: Tensor
+
+
+def has_own_rows(inputs: Mapping[str, Any]) -> bool:
+    """Whether the rows of a batch count, see `NO_OWN_ROWS`."""
+    return NO_OWN_ROWS not in inputs
 
 
 def attention_mask_of(inputs: Mapping[str, Any]) -> Tensor:

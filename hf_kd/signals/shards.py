@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
+from ..files import whole_file, write_whole
 
 
 _DESCRIPTION = "cache.json"
@@ -89,19 +88,18 @@ class ShardFolder:
 
         A note of an older file stays until then: its hash is not that of the new one, and another run that loads this
         folder now still finds it.
+
+        Raises:
+            OSError: If the disk is full, for example; the shards before are complete, and need not be made again.
         """
         from datasets.arrow_writer import ArrowWriter
 
         path = self._path(index)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with ArrowWriter(path=str(temporary), features=features) as writer:
+        with whole_file(path) as beside:
+            with ArrowWriter(path=str(beside), features=features) as writer:
                 writer.write_table(table)
                 writer.finalize()
-            found = {**note, "rows": table.num_rows, "bytes": temporary.stat().st_size, "hash": file_hash(temporary)}
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            found = {**note, "rows": table.num_rows, "bytes": beside.stat().st_size, "hash": file_hash(beside)}
         write_whole(path.with_suffix(".json"), json.dumps(found) + "\n")
 
     def load(self) -> Any:

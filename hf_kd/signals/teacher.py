@@ -252,7 +252,7 @@ def load_teacher_tokenizer(
     if not has_tokenizer(path):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main", token=token)
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main", token=token, trust_remote_code=False)
     except OSError as error:
         logger.warning(
             f"teacher_model={str(path)!r} has no tokenizer that its student's could be checked against: {error}"

@@ -7,7 +7,8 @@ Conventions that hold for every function here:
 - a term is a sum over what is valid divided by `num_items`, the number of valid items. By default that is the number
   in the tensors given, so the result is their mean. A trainer that accumulates gradients, or runs on several
   processes, passes the number in the whole optimisation step, and the parts then add up to the loss of the one large
-  batch; terms that relate the rows of a batch to each other add up to the mean of the parts, weighed by their rows;
+  batch; terms that relate the rows of a batch to each other (`logit_dist` and the relations between texts) see the
+  rows that one process has in one micro-batch, and add up to the mean of the parts, weighed by their rows;
 - nothing valid gives 0 with a zero gradient, never NaN.
 """
 

@@ -163,6 +163,9 @@ def logit_dist(
     A row or class in which the teacher's probabilities are all equal has no correlation and adds 0. So does the
     second part for a batch of one row. Of two classes the first part sees only which one is likelier.
 
+    The second part compares the rows that one process has in one micro-batch, and none of other processes or
+    accumulation steps; see [`relation_similarity`].
+
     Args:
         student (`torch.Tensor` of shape `(items, classes)`): The student's logits.
         teacher (`torch.Tensor` of shape `(items, classes)`): The teacher's logits, labels in the student's order.

@@ -129,6 +129,10 @@ def relation_similarity(student: Tensor, teacher: Tensor, *, num_items: Tensor |
 
     Similarity-preserving distillation (Tung & Mori 2019, https://arxiv.org/abs/1907.09682, section 3).
 
+    A training compares the rows that one process has in one micro-batch, and none of other processes or accumulation
+    steps: 2 processes with 8 rows each are 2 steps of accumulation with 8 rows, and not one batch of 16. The value of
+    the step is the mean of the parts, weighed by their rows.
+
     Args:
         student (`torch.Tensor` of shape `(batch, student_hidden)`): One vector of the student per text, see
             [`first_token`].
@@ -162,6 +166,8 @@ def relation_rkd(
     \angle x_i x_j x_k$; $w_D$ times the mean of $l_\delta(\psi_D^S, \psi_D^T)$ over the pairs plus $w_A$ times the
     mean of $l_\delta(\psi_A^S, \psi_A^T)$ over the triplets of different texts, $l_\delta$ being the Huber loss of
     width 1 (relational knowledge distillation, Park et al. 2019, https://arxiv.org/abs/1904.05068, section 3.2).
+
+    Compares the rows that one process has in one micro-batch, see [`relation_similarity`].
 
     Needs memory for `batch ** 2 * hidden` and `batch ** 3` numbers: little up to a batch of 128. A batch without two
     texts, for angles three, adds 0.
@@ -199,7 +205,9 @@ def relation_pkt(student: Tensor, teacher: Tensor, *, num_items: Tensor | None =
 
     $p_{j|i} = K_{ij} / \sum_{k \ne i} K_{ik}$ for $j \ne i$ with $K_{ij} = (1 + \cos(x_i, x_j)) / 2$ (probabilistic
     knowledge transfer, Passalis & Tefas 2018, https://arxiv.org/abs/1803.10837, section 3). The paper sums
-    over texts; the mean does not depend on the batch size. Up to two texts there is one neighbour at most: 0.
+    over texts; the mean does not grow with them. Up to two texts there is one neighbour at most: 0.
+
+    Compares the rows that one process has in one micro-batch, see [`relation_similarity`].
 
     Arguments and errors are those of [`relation_similarity`].
 
@@ -222,6 +230,8 @@ def relation_correlation(student: Tensor, teacher: Tensor, *, num_items: Tensor 
     kernel $\exp(-\gamma \|x_i - x_j\|^2)$ of normalised vectors, as its Taylor series
     $\exp(-2 \gamma) \sum_{p=0}^{2} \frac{(2 \gamma)^p}{p!} (x_i \cdot x_j)^p$ with $\gamma = 0.4$.
 
+    Compares the rows that one process has in one micro-batch, see [`relation_similarity`].
+
     Arguments and errors are those of [`relation_similarity`].
 
     Returns:
@@ -243,6 +253,9 @@ def relation_crd(
     with the batch in place of its memory of negatives, as in CLIP (Radford et al. 2021,
     https://arxiv.org/abs/2103.00020). So it is not 0 for equal inputs, and larger batches teach more; one text alone
     gives 0.
+
+    The batch is the rows that one process has in one micro-batch, see [`relation_similarity`]: the other processes and
+    accumulation steps add no negatives.
 
     Args:
         student (`torch.Tensor` of shape `(batch, hidden)`): One vector of the student per text, projected to the

@@ -19,7 +19,8 @@ def task_loss(
 
     The value is that of the losses which the models of transformers compute themselves: `CrossEntropyLoss` for
     classes, `BCEWithLogitsLoss` for multi-label classification (mean over rows and classes) and `MSELoss` for
-    regression.
+    regression. Those of question answering choose among all positions of the batch, padding too, so that the value
+    depends on the width that rows are padded to; pad to one width where it should not.
 
     Args:
         logits (`torch.Tensor` of shape `(items, classes)`): The student's logits; one class for regression.
