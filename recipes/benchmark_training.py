@@ -41,7 +41,7 @@ from benchmark_training_variants import (
 )
 from results_table import format_training
 
-from hf_kd.command_line import parse_args
+from hf_kd.command_line import parse_args, run_main
 from hf_kd.compat import hardware_defaults
 from hf_kd.cpu import available_cores
 from hf_kd.results import read_results, write_results
@@ -334,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -37,7 +37,7 @@ from glue_setup import (
 from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from hf_kd import DistillationTrainer, DistillationTrainingArguments
-from hf_kd.command_line import parse_args
+from hf_kd.command_line import parse_args, run_main
 from hf_kd.glue import TextTask, compute_metrics_fn
 from hf_kd.objective.terms import AttentionLossType, HiddenLossType, RelationLossType
 from hf_kd.results import describe_run, read_results, write_results
@@ -253,4 +253,4 @@ class Stepper:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -29,7 +29,7 @@ from glue_setup import (
     tokenize_data,
     training_defaults,
 )
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from hf_kd.checkpoint import check_reads, load_pretrained, load_tokenizer
 from hf_kd.command_line import parse_args, run_main
@@ -38,6 +38,7 @@ from hf_kd.deploy.model_card import card_problems_warn
 from hf_kd.distributed import end_training
 from hf_kd.glue import GLUE_TASKS, compute_metrics_fn
 from hf_kd.results import format_table, write_results
+from hf_kd.resumption import ResumableTrainer
 
 
 @dataclass
@@ -73,7 +74,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Trainin
     data = tokenize_data(data, task, tokenizer, data_args, args)
     data["train"] = labeled(data["train"])
 
-    trainer = Trainer(
+    trainer = ResumableTrainer(
         model=model,
         args=args,
         train_dataset=data["train"],

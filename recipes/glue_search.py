@@ -33,7 +33,7 @@ from search_study import FREE_FLAGS, describe_trials, open_study, points_of, run
 from transformers import DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from hf_kd import DistillationTrainer, DistillationTrainingArguments
-from hf_kd.command_line import parse_args
+from hf_kd.command_line import parse_args, run_main
 from hf_kd.cpu import cpu_facts
 from hf_kd.deploy import OnnxTextClassifier, export_onnx
 from hf_kd.deploy.benchmark import MIN_CPU_SHARE, ONNX_FILES, Variant, benchmark, find_latency
@@ -313,4 +313,4 @@ class Ruler:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

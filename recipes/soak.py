@@ -39,7 +39,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_kd import DistillationTrainer, DistillationTrainingArguments, cache_teacher_signals
-from hf_kd.command_line import parse_args
+from hf_kd.command_line import parse_args, run_main
 from hf_kd.compat import length_grouping
 from hf_kd.results import write_results
 from hf_kd.resumption import STAGING_NAME
@@ -315,4 +315,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

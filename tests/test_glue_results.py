@@ -373,7 +373,7 @@ def test_a_description_that_fails_costs_no_rows_and_no_second_training(tmp_path,
 
 
 def test_a_teacher_is_published_without_what_is_private(tmp_path, tokenizer):
-    """training_args.bin holds the token and the user's folders, and a first push has no metrics in its card."""
+    """The state names the user's folders, and a first push has no metrics in its card."""
     write_glue(tmp_path / "glue", GLUE_TASKS["sst2"])
     base, token = save_model(tmp_path / "base", tokenizer, **NAMES), "hf_" + "m" * 34
     flags = ["--task_name", "sst2", "--glue_dir", tmp_path / "glue", "--model_name_or_path", base, *QUICK]
@@ -383,7 +383,7 @@ def test_a_teacher_is_published_without_what_is_private(tmp_path, tokenizer):
         repo = server.repos["me/teacher"]
         assert len(repo.history()) == 1
         files = repo.files()
-    assert (tmp_path / "out" / "training_args.bin").is_file()
+    assert (tmp_path / "out" / "trainer_state.json").is_file()
     assert {"config.json", "model.safetensors", "README.md", "results.json", "tokenizer.json"} <= set(files)
     assert not {"training_args.bin", "trainer_state.json"} & set(files)
     assert "nyu-mll/glue" in files["README.md"].decode() and "# teacher" in files["README.md"].decode()

@@ -15,7 +15,7 @@ from problem_setup import RecipeArguments, distil, load_data, load_models, prepr
 from transformers import DataCollatorForLanguageModeling, EvalPrediction
 
 from hf_kd import DistillationTrainingArguments
-from hf_kd.command_line import parse_args
+from hf_kd.command_line import parse_args, run_main
 
 
 @dataclass
@@ -52,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

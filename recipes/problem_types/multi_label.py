@@ -23,7 +23,7 @@ from sklearn.metrics import f1_score
 from transformers import DataCollatorWithPadding, EvalPrediction
 
 from hf_kd import DistillationTrainingArguments
-from hf_kd.command_line import parse_args
+from hf_kd.command_line import parse_args, run_main
 
 
 def main() -> None:
@@ -55,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

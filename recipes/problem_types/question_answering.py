@@ -16,7 +16,7 @@ from problem_setup import RecipeArguments, distil, load_data, load_models, prepr
 from transformers import DataCollatorWithPadding, EvalPrediction
 
 from hf_kd import DistillationTrainingArguments
-from hf_kd.command_line import parse_args
+from hf_kd.command_line import parse_args, run_main
 
 
 @dataclass
@@ -80,4 +80,4 @@ def answer_position(answers: dict[str, list], offsets: list, sequence_ids: list)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

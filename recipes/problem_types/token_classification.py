@@ -25,7 +25,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import DataCollatorForTokenClassification, EvalPrediction
 
 from hf_kd import DistillationTrainingArguments
-from hf_kd.command_line import parse_args
+from hf_kd.command_line import parse_args, run_main
 
 
 def main() -> None:
@@ -63,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
