@@ -48,15 +48,18 @@ def test_summary_by_hand(format_summary):
         }
 
     rows = []
-    for task, teacher, others in (("a", 0.8, (0.6, 0.72, 0.7)), ("b", 0.5, (0.5, 0.5, 0.4))):
+    tasks = (("a", 0.8, (0.6, 0.72, 0.7)), ("b", 0.5, (0.5, 0.5, 0.4)), ("wnli", 0.2, (0.5, 0.4, 0.4)))
+    for task, teacher, others in tasks:
         rows.append(row(task, "teacher", None, teacher))
         for role, value in zip(("baseline", "student", "int8"), others, strict=True):
             rows += [row(task, role, seed, value + change) for seed, change in ((1, -0.01), (2, 0.01))]
     compared = [
-        {"task": task, "difference": 0.12, "low": 0.01, "high": 0.2, "confidence": 0.95} for task in ("a", "b")
+        {"task": task, "difference": 0.12, "low": 0.01, "high": 0.2, "confidence": 0.95} for task in ("a", "b", "wnli")
     ]
-    first, second, mean = format_summary({"rows": rows, "comparisons": compared}).splitlines()[2:]
+    first, second, wnli, mean = format_summary({"rows": rows, "comparisons": compared}).splitlines()[2:]
     values = ["80.00", "60.00 ± 1.41", "72.00 ± 1.41", "+12.00 [+1.00, +20.00]", "90.0%", "70.00 ± 1.41", "87.5%", ""]
     assert first == f"| a | accuracy | {' | '.join(values)} |"
     assert second.split(" | ")[6] == "100.0%"
-    assert mean == "| mean | | | | | | 95.0% | | 83.8% | |"
+    # Below chance the teacher is no measure.
+    assert wnli.split(" | ")[6:9] == ["", "40.00 ± 1.41", ""]
+    assert mean == "| mean, without wnli | | | | | | 95.0% | | 83.8% | |"
