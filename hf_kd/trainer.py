@@ -362,7 +362,7 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
                 f"{type(self.model).__name__} {self.problem}; load both with the same Auto class, and the student "
                 "with the teacher's num_labels and problem_type."
             )
-        return Teacher(
+        teacher = Teacher(
             teacher_model,
             self.model.config,
             dtype=self.args.teacher_dtype,
@@ -372,6 +372,9 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
             autocast_dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision),
             notes_weights=notes_weights,
         )
+        if getattr(self.accelerator, "is_fsdp2", False):
+            teacher.shard()
+        return teacher
 
     def _freeze_embeddings(self) -> None:
         if self.args.freeze_embeddings:

@@ -84,3 +84,11 @@ def test_two_stages_on_two_processes(tmp_path):
     layers = {"loss", "hidden_loss", "attention_loss", "relation_loss"}
     predictions = {"loss", "task_loss", "logit_loss", "relation_loss"}
     assert [set(log) for log in one["logs"]] == [layers, predictions]
+
+
+def test_a_sharded_teacher_says_the_same(tmp_path):
+    """Under FSDP2 a whole teacher on each GPU takes the room that sharding the student made."""
+    launch(SCRIPT.with_name("shard_teacher.py"), tmp_path)
+    for rank in range(2):
+        for found in json.loads((tmp_path / f"shares_{rank}.json").read_text()):
+            assert found == {"is_equal": True, "share": pytest.approx(0.5, abs=0.05), "hash": True}

@@ -122,6 +122,18 @@ class Teacher:
         """Run through `torch.compile` with these options from now on."""
         self._run = torch.compile(self.model, **options)
 
+    def shard(self) -> None:
+        """Spread the weights over all processes (FSDP2): each holds its share, and all of a block only while it runs.
+
+        From then on the processes run the teacher together. The model it was given is changed in place.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        self._weights = self.weights  # of the whole
+        blocks = [block for module in self.model.modules() if isinstance(module, nn.ModuleList) for block in module]
+        for module in (*blocks, self.model):
+            fully_shard(module, reshard_after_forward=True)
+
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any]) -> Signals:
         """Run the teacher.
