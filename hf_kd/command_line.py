@@ -16,20 +16,20 @@ from transformers import HfArgumentParser
 def run_main(main: Callable[[], None]) -> None:
     """Run a recipe, where what is wrong with its input ends as one line, `error: ...`, and exit code 2.
 
-    That is a `ValueError`, `OSError` or `ImportError` which a `raise` statement of hf_kd or of the recipe's folder
-    made. All else is a bug, and keeps its traceback. (Under `accelerate launch` the launcher adds that its process
-    failed, below the line.)
+    That is a `ValueError`, `OSError`, `ImportError` or `FloatingPointError` which a `raise` statement of hf_kd or of
+    the recipe's folder made. All else is a bug, and keeps its traceback. (Under `accelerate launch` the launcher adds
+    that its process failed, below the line.)
 
     Args:
         main (callable): The recipe's `main`.
     """
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if not _is_on_purpose(error, main):
             raise
         sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None
 
 
@@ -122,13 +122,21 @@ def _read_yaml(path: Path, takes_list: dict[str, bool], takes_mapping: set[str])
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with numbers and words as YAML 1.2 has them, which refuses tags, and a key written twice."""
+    """The safe loader, with numbers and words as YAML 1.2 has them, which refuses tags, a value that holds itself,
+    and a key written twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        tag = getattr(self.peek_event(), "tag", None)
+        event = self.peek_event()
+        tag = getattr(event, "tag", None)
         if tag is not None:  # `!!int x` fails in as many ways as there are types
             raise yaml.YAMLError(f"the tag {tag} is not needed; write the value alone.")
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        if isinstance(event, yaml.AliasEvent) and node.end_mark is None:  # still being composed
+            raise yaml.YAMLError(
+                f"line {event.start_mark.line + 1}: *{event.anchor} stands within &{event.anchor}, which would hold "
+                "itself; write the value out."
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep=deep)

@@ -1,11 +1,13 @@
 """Files that are complete or not there."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _ADVICE = "Make room on the disk, or give a folder that can be written, and run again"
 
 
@@ -48,6 +50,6 @@ def unwritable_explained(path: str | os.PathLike, meanwhile: str) -> Iterator[No
     try:
         yield
     except OSError as error:
-        if _ADVICE in str(error):  # of a file within
+        if error.errno not in _UNWRITABLE or _ADVICE in str(error):  # of something else, or of a file within
             raise
         raise OSError(error.errno, f"{error.strerror or error}; {meanwhile}. {_ADVICE}", os.fspath(path)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -32,11 +33,11 @@ class ResumableTrainer(Trainer):
     """A [`~transformers.Trainer`] whose checkpoints are complete or absent, and whose resumed runs log and train what
     the run would have that was not stopped.
 
-    Where it departs from `Trainer`: a checkpoint, and the model in `save_model`, is written beside its place and moved
-    there as a whole; `training_args.bin`, a pickle with the paths and the token of who trained, is not written;
-    batches grouped by length are drawn anew from the seed in every epoch, not from what dropout left of the random
-    numbers, which differs between processes and is unknown to a run that is resumed; the means of the next log
-    include the steps before the checkpoint; a run that was complete trains no further step.
+    Where it departs from `Trainer`: a checkpoint is written beside its place and moved there as a whole, and so is
+    each file of the model in `save_model`; `training_args.bin`, a pickle with the paths and the token of who trained,
+    is not written; batches grouped by length are drawn anew from the seed in every epoch, not from what dropout left
+    of the random numbers, which differs between processes and is unknown to a run that is resumed; the means of the
+    next log include the steps before the checkpoint; a run that was complete trains no further step.
     """
 
     # Set by Trainer.__init__
@@ -53,12 +54,18 @@ class ResumableTrainer(Trainer):
         self._term_sums: dict[str, Tensor] = {}
         self._steps_in_sums: dict[str, set[int]] = {}
         super().__init__(*args, **kwargs)
-        self.add_callback(ResumeNotes())
+        self.resume_notes = ResumeNotes()
+        self.add_callback(self.resume_notes)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        # Steps after the last log of an earlier run are not part of this one.
-        self._term_sums, self._steps_in_sums, self._resumed_loss = {}, {}, None
-        return super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        given = resume_from_checkpoint if not isinstance(resume_from_checkpoint, bool) else None
+        self.resume_notes.run_dir = None if given is None else str(Path(given).absolute().parent)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Steps after the last log of an earlier attempt are not part of this one.
+        self._term_sums, self._steps_in_sums, self._loss_sum, self._resumed_loss = {}, {}, None, None
+        return super()._inner_training_loop(*args, **kwargs)
 
     # Complete or absent
 
@@ -68,19 +75,21 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging, checkpoint = os.path.join(run_dir, STAGING_NAME), os.path.join(run_dir, name)
-        if self.args.should_save:
+        if self.accelerator.is_local_main_process:  # a machine may have a disk of its own
             shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed while it saved
         self.accelerator.wait_for_everyone()
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = checkpoint  # super() saw it in the staging folder
             if self.args.should_save:
-                if self.state.best_global_step == self.state.global_step:
-                    self.state.best_model_checkpoint = checkpoint  # super() saw it in the staging folder
                 # By best_global_step alone: transformers 5 drops what it does not find where the run was before.
                 self._write_state(os.path.join(staging, name), best_model_checkpoint=None)
             self.accelerator.wait_for_everyone()  # the others have written their parts
         except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_of_the_disk(error):
+                raise
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
             raise OSError(
@@ -93,8 +102,9 @@ class ResumableTrainer(Trainer):
         if self.accelerator.is_main_process:
             self._move(staging, name, checkpoint)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_local_main_process:  # of a machine with a disk of its own
-            self._move(staging, name, checkpoint)
+        if self.accelerator.is_local_main_process:
+            with contextlib.suppress(FileNotFoundError):  # of a disk that all machines see
+                self._move(staging, name, checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(checkpoint)
@@ -134,14 +144,18 @@ class ResumableTrainer(Trainer):
             return
         staging = Path(output_dir, STAGING_NAME)
         try:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed while it saved
             super()._save(str(staging), state_dict)
             if self.args.should_save:
                 (staging / TRAINING_ARGS_NAME).unlink()
                 _move_files(staging, Path(output_dir))
-        except (OSError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_of_the_disk(error):
+                raise
             raise OSError(
-                f"the model could not be written into {output_dir}: {error}. What was there is as it was; make room, "
-                "and save it again."
+                f"the model could not be written into {output_dir}: {error}. Files that were there are whole, old or "
+                "new; make room, and save it again."
             ) from error
         finally:
             if self.args.should_save:
@@ -165,47 +179,66 @@ class ResumableTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if self._resumed_loss is not None:
-            loss, self._resumed_loss = loss + self._resumed_loss.to(loss), None
+        # The Trainer leaves a loss that is NaN out of its sum.
+        if self._resumed_loss is not None and loss.isfinite():
+            loss, self._resumed_loss = loss + self._resumed_loss.to(loss.device), None
         return loss
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._resumed_loss is not None and self.state.global_step >= self.state.max_steps:  # no step was left
+            tr_loss += self._resumed_loss.to(tr_loss.device)
+            self._resumed_loss = None
         self._loss_sum = tr_loss  # transformers 4.57 has no other place for it
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        assert self._loss_sum is not None  # a checkpoint follows a step
-        sums = {
-            "last_logged_step": self._globalstep_last_logged,
-            "loss": self._loss_sum.item(),
-            "terms": {name: value.item() for name, value in self._term_sums.items()},
-            "steps": {name: sorted(steps) for name, steps in self._steps_in_sums.items()},
-        }
-        self._sums_file(output_dir).write_text(json.dumps(sums), encoding="utf-8")
+        found = {"processes": self.args.world_size, **self.running_state()}
+        self._running_state_file(output_dir).write_text(json.dumps(found), encoding="utf-8")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is None or not self._sums_file(checkpoint).is_file():  # of another number of processes
+        if checkpoint is None or not self._running_state_file(checkpoint).is_file():
             return
-        sums = json.loads(self._sums_file(checkpoint).read_text(encoding="utf-8"))
-        self._globalstep_last_logged = sums["last_logged_step"]
-        self._resumed_loss = torch.tensor(sums["loss"])
-        self._term_sums = {name: torch.tensor(x, device=self.args.device) for name, x in sums["terms"].items()}
-        self._steps_in_sums = {name: set(steps) for name, steps in sums["steps"].items()}
+        found = json.loads(self._running_state_file(checkpoint).read_text(encoding="utf-8"))
+        if found["processes"] == self.args.world_size:  # else it is a share of other processes
+            self.load_running_state(found)
 
-    def _sums_file(self, checkpoint: str) -> Path:
-        """What this process adds up until the next log, beside its random state."""
-        return Path(checkpoint, f"log_sums_{self.args.process_index}.json")
+    def _running_state_file(self, checkpoint: str) -> Path:
+        """Of this process, beside its random state."""
+        return Path(checkpoint, f"running_state_{self.args.process_index}.json")
+
+    def running_state(self) -> dict[str, Any]:
+        """What this process adds up until the next log, as JSON has it."""
+        return {
+            "last_logged_step": self._globalstep_last_logged,
+            "loss": 0.0 if self._loss_sum is None else self._loss_sum.item(),
+            "terms": {name: value.item() for name, value in self._term_sums.items()},
+            "steps": {name: sorted(steps) for name, steps in self._steps_in_sums.items()},
+        }
+
+    def load_running_state(self, found: dict[str, Any]) -> None:
+        """Go on from what [`~ResumableTrainer.running_state`] gave."""
+        self._globalstep_last_logged = found["last_logged_step"]
+        self._resumed_loss = torch.tensor(found["loss"])
+        self._term_sums = {name: torch.tensor(x, device=self.args.device) for name, x in found["terms"].items()}
+        self._steps_in_sums = {name: set(steps) for name, steps in found["steps"].items()}
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether it could not write; torch says so in a RuntimeError of its file format."""
+    return not isinstance(error, RuntimeError) or "inline_container" in str(error)
 
 
 def _move_files(source: Path, target: Path) -> None:
-    """Each file as a whole, the weights last."""
-    files = sorted(path for path in source.rglob("*") if path.is_file())
+    """Each file as a whole, the weights last; weights that were there and are not replaced would be loaded too."""
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(place)
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).replace(target / path)
+    for path in target.glob("model*.safetensors*"):
+        if path.relative_to(target) not in files:
+            path.unlink()
 
 
 class SeededPerEpoch(Sampler):
@@ -247,11 +280,14 @@ class ResumeNotes(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.steps: list[int] = []
+        self.run_dir: str | None = None  # that of the checkpoint, where it is not output_dir
         self.started_at: float | None = None  # of the training in this process, in seconds since the epoch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started_at = time.time()
-        best = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        # A checkpoint of the Trainer's own, or of an earlier version, knows nothing of this object.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        best = os.path.join(self.run_dir or args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         if state.best_global_step and os.path.isdir(best):
             state.best_model_checkpoint = best
         # Of the checkpoint; the Trainer hands it to this object only if it is told to.

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import has_length
 
 from .evaluating import EvaluatingTrainer
 from .numerics import NumericsWatch
@@ -141,6 +142,7 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
         self.student_columns = forward_columns(self.model)
         self.capture = Capture(self.model, objective.student_wanted)
         self._check_gradient_checkpointing()
+        self._check_on_nonfinite()
         self._compile_teachers()
         self._prepare_projections()
 
@@ -155,11 +157,13 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
 
         self.accelerator.clip_grad_norm_ = clip_and_note
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        if trial is None or getattr(self, "_trial", None) is not trial:  # once for each
+            super()._hp_search_setup(trial)
+
     def call_model_init(self, trial: Any = None) -> Any:
         """A new student, and with it a new objective: a search over weights or temperature changed the arguments."""
-        if trial is not None:
-            # transformers 5 sets the trial's arguments after this: the terms would be those of the trial before.
-            self._hp_search_setup(trial)
+        self._hp_search_setup(trial)  # transformers 5 would after this: the terms would be those of the trial before
         model = super().call_model_init(trial)
         if hasattr(self, "capture"):  # not the call within Trainer.__init__
             self.model = model
@@ -194,13 +198,19 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
     def _own_rows(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Without the rows from the start of the epoch with which accelerate fills its last step, so that every
         process has a full batch: they would count twice, and the result depend on the number of processes."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if self.accelerator.num_processes == 1 or not self.accelerator.gradient_state.end_of_dataloader:
+            return batch
+        # Of a loader that skips what is done, in a resumed epoch, accelerate does not know the rest.
+        loader: Any = self.callback_handler.train_dataloader
+        is_filled = has_length(loader) and not self.args.dataloader_drop_last
+        remainder = loader.total_dataset_length % loader.total_batch_size if is_filled else 0
+        if remainder == 0:
             return batch
         num_rows = len(attention_mask_of(batch))
-        num_own = min(max(state.remainder - self.accelerator.process_index * num_rows, 0), num_rows)
+        num_own = min(max(remainder - self.accelerator.process_index * num_rows, 0), num_rows)
         # A process without a row keeps one that counts for nothing: models do not take empty batches.
-        batch = {name: column[: max(num_own, 1)] for name, column in batch.items()}
+        of_rows = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.dim() and len(x) == num_rows}
+        batch = {**batch, **{name: column[: max(num_own, 1)] for name, column in of_rows.items()}}
         if num_own == 0:
             batch |= {name: torch.full_like(batch[name], -100) for name in LABEL_COLUMNS if name in batch}
             batch[NO_OWN_ROWS] = True
@@ -215,7 +225,6 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
             student_inputs = columns_for(self.student_columns, inputs)
             return super().compute_loss(model, student_inputs, return_outputs, num_items_in_batch)
         terms, student, outputs = self._forward(model, inputs, num_items_in_batch)
-        self._record(terms)
         self.numerics.add(terms, inputs, num_items_in_batch)
         loss = self.distillation_objective.weighted_sum(terms, self._progress)
         if not self.distillation_objective.uses_logits(self._progress):
@@ -269,7 +278,8 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
 
     # Logs
 
-    def _record(self, terms: dict[str, Tensor]) -> None:
+    def record(self, terms: dict[str, Tensor]) -> None:
+        """Add the terms of a part of a step to what the next log is the mean of."""
         for name, value in terms.items():
             self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
             self._steps_in_sums.setdefault(name, set()).add(self.state.global_step)
@@ -277,6 +287,8 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the unweighted value of each term, averaged like the loss over processes and the steps it was on, and
         what schedules made of weights and temperature at the last of these steps."""
+        if "loss" in logs and self.numerics.skipped_steps:
+            logs["skipped_steps"] = self.numerics.skipped_steps
         if "loss" in logs and self._term_sums:
             num_steps = [len(steps) for steps in self._steps_in_sums.values()]
             values = torch.stack(list(self._term_sums.values()))
@@ -285,11 +297,17 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
                 {name: value / steps for name, value, steps in zip(self._term_sums, values, num_steps, strict=True)}
             )
             self._term_sums, self._steps_in_sums = {}, {}
-            if self.numerics.skipped_steps:
-                logs["skipped_steps"] = self.numerics.skipped_steps
             last_step = max(self.state.global_step - 1, 0)
             logs.update(self.distillation_objective.scheduled_values(last_step / max(self.state.max_steps, 1)))
         super().log(logs, *args, **kwargs)
+
+    def running_state(self) -> dict[str, Any]:
+        counts = {"skipped_steps": self.numerics.skipped_steps, "zero_steps": self.numerics.zero_steps}
+        return {**super().running_state(), **counts}
+
+    def load_running_state(self, found: dict[str, Any]) -> None:
+        super().load_running_state(found)
+        self.numerics.skipped_steps, self.numerics.zero_steps = found["skipped_steps"], found["zero_steps"]
 
     # Projections: trained, clipped, synchronised, saved and restored with the student, and no part of it
 
@@ -398,6 +416,13 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
             running = getattr(teacher, "teacher", teacher)  # of one that is partly cached
             if isinstance(running, Teacher):
                 running.compile(**options)
+
+    def _check_on_nonfinite(self) -> None:
+        if self.args.on_nonfinite == "skip" and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError(
+                "DeepSpeed makes the step before anybody can look at its gradient, so on_nonfinite='skip' would leave "
+                "none out; drop it, or use recipes/accelerate_configs/ddp.yaml."
+            )
 
     def _check_gradient_checkpointing(self) -> None:
         wants_attention = self.distillation_objective.needs_attention

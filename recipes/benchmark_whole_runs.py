@@ -6,7 +6,7 @@ python recipes/benchmark_whole_runs.py --output_dir runs/whole-runs --only_table
 
 Every run is a process of its own, as a user would start it. The cache is built once, before the first run that reads
 it, in a run of one step: its time is a row of its own. What is complete in `--output_dir` is not run again, so that a
-call that was stopped goes on with another, and several calls with other seeds can share the folder.
+call that was stopped goes on with another; once the cache is built, calls with other seeds can share the folder.
 """
 
 from __future__ import annotations
@@ -31,15 +31,12 @@ from hf_kd.results import read_results, write_results
 RECIPE = Path(__file__).with_name("glue_distill.py")
 TERMS = ("logit", "hidden", "attention", "relation")
 ONLY_TASK = ["--task_loss_weight", "1", *(word for term in TERMS for word in (f"--{term}_loss_weight", "0"))]
-ONLY_LOGITS = [word for term in TERMS[1:] for word in (f"--{term}_loss_weight", "0")]
-FROZEN = ["--freeze_embeddings", "true"]
 # Name to the flags on top of the configuration's; those that start with "cached" read the cache.
 VARIANTS: dict[str, list[str]] = {
     "finetune": ONLY_TASK,
     "online": [],
     "cached": [],
-    "cached+frozen": FROZEN,
-    "cached_logits+frozen": [*ONLY_LOGITS, *FROZEN],
+    "cached+frozen": ["--freeze_embeddings", "true"],
 }
 BUILD = "build"
 
@@ -48,9 +45,9 @@ def main() -> None:
     args, flags = parse_flags()
     if not args.only_table:
         for seed, variant in itertools.product(args.seeds, args.variants):
-            if variant.startswith("cached"):
-                run(args, BUILD, None, [*flags, "--max_steps", "1", *cache_flags(args, "cached")])
-            more = cache_flags(args, variant) if variant.startswith("cached") else []
+            more = ["--cache_teacher", str(args.output_dir / "cache")] if variant.startswith("cached") else []
+            if more:
+                run(args, BUILD, None, [*flags, "--max_steps", "1", *more])
             run(args, variant, seed, [*flags, *VARIANTS[variant], *more, "--seed", str(seed)])
     results = {"whole_runs": collect(args.output_dir)}
     if not results["whole_runs"]:
@@ -71,11 +68,6 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--only_table", action="store_true", help="run nothing; take what is complete")
     return parser.parse_known_args()
-
-
-def cache_flags(args: argparse.Namespace, variant: str) -> list[str]:
-    """Other signals are another cache; the few bytes of the logits are built in the run that reads them."""
-    return ["--cache_teacher", str(args.output_dir / ("cache-logits" if "logits" in variant else "cache"))]
 
 
 def run(args: argparse.Namespace, variant: str, seed: int | None, flags: list[str]) -> None:

@@ -52,6 +52,7 @@ SCHEDULES = {
     "temperature_schedule": "cosine:2:1",
 }
 RELATIONS = {"relation_loss_weight": 1.0, "relation_loss_type": "crd"}
+BEST = {"load_best_model_at_end": True, "eval_steps": 2}
 # What the killed trainings are: number of processes, and arguments.
 TRAININGS: dict[str, dict[str, Any]] = {
     "projections and schedules": {"hidden_size": 16, "arguments": {**LAYERS, **SCHEDULES}},
@@ -62,7 +63,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "projections and schedules, two processes": {
         "processes": 2,
         "hidden_size": 16,
-        "arguments": {**LAYERS, **SCHEDULES, **length_grouping()},
+        "arguments": {**LAYERS, **SCHEDULES, **length_grouping(), **BEST},
     },
     "cached teacher, two processes": {"processes": 2, "is_cached": True, "arguments": {**LAYERS, **RELATIONS}},
 }
@@ -109,21 +110,16 @@ def train(folder: Path, name: str, rank: int, port: int, has_begun: Any) -> None
     with (folder / f"log_{rank}.txt").open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "logging_steps": 3}
+    saving |= {"eval_strategy": "steps", "eval_steps": 5, "report_to": [], "disable_tqdm": True}
     args = DistillationTrainingArguments(
         output_dir=str(folder / "out"),
         use_cpu=True,
         num_train_epochs=EPOCHS,
         per_device_train_batch_size=BATCH_SIZE // processes,
-        learning_rate=1e-3,
+        learning_rate=1e-2,
         warmup_steps=5,
-        logging_steps=3,
-        save_steps=2,
-        save_total_limit=2,
-        eval_strategy="steps",
-        eval_steps=5,
-        report_to=[],
-        disable_tqdm=True,
-        **training["arguments"],
+        **{**saving, **training["arguments"]},
     )
     tokenizer = BertTokenizerFast(vocab_file=str(folder.parent / "vocab.txt"), model_max_length=40)
     teacher = make_model(seed=1, num_hidden_layers=4)
@@ -161,6 +157,8 @@ def describe_state(trainer: DistillationTrainer) -> dict[str, Any]:
     history = [{key: x for key, x in log.items() if key not in _NOT_COMPARED} for log in trainer.state.log_history]
     return {
         "steps": trainer.state.global_step,
+        "best step": trainer.state.best_global_step,
+        "resumed at": trainer.resume_notes.steps,
         "weights": digest(trainer.model.state_dict()),
         "projections": digest(trainer.distillation_objective.state_dict()),
         "optimizer": digest(flatten(trainer.optimizer.state_dict())),
@@ -269,22 +267,30 @@ def soak(folder: Path, name: str, kills: int, rng: random.Random) -> dict[str, A
     started.wait()
     seconds = time.perf_counter() - start
     found: dict[str, Any] = {"training": name, "kills": 0, "while_saving": 0, "resumed_at": []}
-    while found["kills"] < kills and Life(killed, name).kill_after(rng.uniform(0, 1.2 * seconds / kills)):
+    staging = killed / "out" / STAGING_NAME
+    while found["kills"] < kills and Life(killed, name).kill_after(rng.uniform(0, seconds / kills)):
         found["kills"] += 1
-        found["while_saving"] += (killed / "out" / STAGING_NAME).is_dir()
+        found["while_saving"] += staging.is_dir()
+        shutil.rmtree(staging, ignore_errors=True)  # counted once
         last = get_last_checkpoint(killed / "out")
         found["resumed_at"].append(int(last.rpartition("-")[2]) if last is not None else 0)
     if found["kills"] == kills:
         Life(killed, name).wait()
     found["steps"] = read(whole, 0)["steps"]
-    # Killed after its last checkpoint, it has no step left to restore the random numbers for.
-    not_compared = {"random numbers"} if found["resumed_at"][-1:] == [found["steps"]] else set()
+    not_compared = {"resumed at"}
+    if found["resumed_at"][-1:] == [found["steps"]]:  # no step was left to restore the random numbers for
+        not_compared |= {"random numbers"}
     found["differences"] = [
         f"{key} of process {rank}"
         for rank in range(TRAININGS[name].get("processes", 1))
         for key, value in read(whole, rank).items()
         if key not in not_compared and read(killed, rank)[key] != value
     ]
+    # A run that begins anew would end with the same.
+    resumed_at = sorted({*found["resumed_at"]} - {0, found["steps"]})
+    found["differences"] += ["where it was resumed"] if read(killed, 0)["resumed at"] != resumed_at else []
+    states = [read(killed, rank) for rank in range(TRAININGS[name].get("processes", 1))]
+    found["differences"] += ["weights between processes"] if len({state["weights"] for state in states}) > 1 else []
     return found
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from results_table import format_whole_runs
 from safetensors.torch import load_file
+from test_bad_input import files_in
 from test_distributed import ROOT
 from test_recipes import QUICK, glue_dir, teacher_dir  # noqa: F401
 
-from hf_kd.results import read_results
+from hf_kd.results import read_results, write_results
 
 
 EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
@@ -22,20 +23,36 @@ def benchmark(folder, *flags, check=True):
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=check)
 
 
+def write_complete_run(folder, variant, seed):
+    """What of a run that is complete is read again."""
+    folder.mkdir(parents=True)
+    times = {"variant": variant, "seed": seed, "seconds": 12.5, "processor_seconds": 20.0}
+    (folder / "wall_time.json").write_text(json.dumps(times))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": [{"train_runtime": 8.5}]}))
+    metrics = {
+        "metrics": {"validation": {"accuracy": 0.5}},
+        "main_metric": {"split": "validation", "name": "accuracy"},
+    }
+    write_results(folder / "results.json", [{"role": "student", "task": "sst2", "steps": 2, **metrics}])
+
+
 def test_whole_runs(tmp_path, glue_dir, teacher_dir):  # noqa: F811
+    """A variant would be another than its name says, or what is complete be run again and its time be lost."""
     flags = ["--task_name", "sst2", "--glue_dir", glue_dir, "--teacher_model_name_or_path", teacher_dir, *QUICK]
-    flags += ["--hidden_loss_weight", "1", "--max_steps", "2", "--seeds", "1", "--variants", "finetune"]
+    flags += ["--hidden_loss_weight", "1", "--max_steps", "2", "--seeds", "1", "--variants"]
     folder = tmp_path / "runs"
-    first = benchmark(folder, *flags)
-    again = benchmark(folder, *flags, "cached+frozen")
-    # What was there is not run again, and the cache is built once, before it is read.
-    assert "finetune-seed1 is complete." in again.stdout and "finetune-seed1 is complete." not in first.stdout
+    write_complete_run(folder / "online-seed1", "online", 1)
+    before = files_in(folder)
+    found = benchmark(folder, *flags, "finetune", "online", "cached+frozen")
+    assert "online-seed1 is complete." in found.stdout and "finetune-seed1 is complete." not in found.stdout
+    assert before.items() <= files_in(folder).items()
     rows = {row["variant"]: row for row in read_results(folder / "results.json")["whole_runs"]}
-    assert list(rows) == ["build", "finetune", "cached+frozen"]
+    assert list(rows) == ["build", "finetune", "online", "cached+frozen"]
+    assert (rows["online"]["seconds"], rows["online"]["train_seconds"]) == (12.5, 8.5)
     for row in rows.values():
         assert row["seconds"] > row["train_seconds"] > 0 and row["processor_seconds"] > 0
         assert 0 <= row["metrics"]["validation"]["accuracy"] <= 1
-    assert [row["steps"] for row in rows.values()] == [1, 2, 2]
+    assert [row["steps"] for row in rows.values()] == [1, 2, 2, 2]
     terms = {
         variant: {
             name
@@ -53,12 +70,15 @@ def test_whole_runs(tmp_path, glue_dir, teacher_dir):  # noqa: F811
 
 
 def test_a_run_that_fails_ends_the_benchmark(tmp_path):
+    """Its time would be noted as if it had trained, and the run never be repeated."""
     found = benchmark(tmp_path / "runs", "--task_name", "sst2", "--variants", "finetune", check=False)
     assert found.returncode != 0 and "there is no teacher to make a student of" in found.stderr
     assert not list(tmp_path.glob("runs/*/wall_time.json"))
 
 
 def test_table_of_whole_runs():
+    """A cost would be divided by that of another variant, or means and deviations be those of other rows."""
+
     def row(variant, seed, train_seconds, accuracy):
         metric = {"split": "validation", "name": "accuracy"}
         metrics = {"validation": {"accuracy": accuracy}}

@@ -2,6 +2,7 @@
 of every term."""
 
 import random
+from collections.abc import Callable
 from typing import NamedTuple, get_args
 
 import pytest
@@ -48,6 +49,7 @@ class Run(NamedTuple):
     problem: str = SINGLE_LABEL
     num_rows: int = 48
     arguments: dict = SGD
+    compute_loss_func: Callable | None = None
 
 
 def every_type(term_class, loss_types):
@@ -58,6 +60,14 @@ def compares_rows(term):
     """Whether the term is about the rows of a batch together. A new type that is not named here is about each row or
     token by itself, or the tests fail."""
     return getattr(term, "type", None) in ("dist", "similarity", "rkd", "pkt", "correlation", "crd")
+
+
+def own_loss(outputs, labels, num_items_in_batch):
+    """What a script may give as `compute_loss_func`: a sum over the labels at hand, divided by those of the step."""
+    return (
+        torch.nn.functional.multi_margin_loss(outputs.logits[labels != -100], labels[labels != -100], reduction="sum")
+        / num_items_in_batch
+    )
 
 
 def of_problem(problem):
@@ -75,10 +85,12 @@ SMOOTHED = TaskTerm(1.0, label_smoothing=0.1, name="smoothed_task_loss")
 ALL_TERMS = [*of_problem(SINGLE_LABEL), SMOOTHED, *HIDDEN, *ATTENTION, *RELATIONS]
 OF_ROWS = [term for term in ALL_TERMS if not compares_rows(term)]
 BETWEEN_ROWS = Run([term for term in ALL_TERMS if compares_rows(term)])
+# Steps of 16, 16 and 5 rows: in the last, the second process has none of its own.
+INCOMPLETE = 37
 RUNS = {
-    "every term": Run(OF_ROWS),
-    # Steps of 16, 16 and 5 rows: in the last, the second process has none of its own.
-    "last step incomplete": Run(OF_ROWS, num_rows=37, arguments=ADAM),
+    "every term": Run(OF_ROWS, num_rows=INCOMPLETE),
+    "AdamW": Run([TaskTerm(1.0), LogitTerm(1.0), HiddenTerm(1.0), AttentionTerm(1.0)], arguments=ADAM),
+    "own loss": Run([TaskTerm(1.0), LogitTerm(1.0)], num_rows=INCOMPLETE, compute_loss_func=own_loss),
     **{
         problem: Run([term for term in of_problem(problem) if not compares_rows(term)], problem)
         for problem in PROBLEM_TYPES
@@ -145,6 +157,7 @@ def make_trainer(run, tokenizer, output, batch_size, accumulation=1):
         train_dataset=Dataset.from_list(make_uneven_rows(run.problem, run.num_rows)),
         data_collator=collator_of(run, tokenizer),
         callbacks=[record],
+        compute_loss_func=run.compute_loss_func,
     )
     trainer.remove_callback(ProgressCallback)
     return trainer, record
@@ -158,6 +171,7 @@ def train(run, tokenizer, output, batch_size, accumulation=1):
     values = {
         term.name: torch.tensor([log[term.name] for log in record.logs if term.name in log]) for term in run.terms
     }
+    assert [len(value) for value in values.values()] == [STEPS] * len(run.terms)
     return trainer, {name: x.detach().clone() for name, x in {**trained, **values}.items()}
 
 

@@ -1,8 +1,8 @@
 """Numbers that go wrong: what stops a run, what it says, and what is left as it was."""
 
-import json
+import math
 import os
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from hf_kd import CustomTerm, DistillationObjective, DistillationTrainer, HiddenTerm, LogitTerm, RelationTerm, TaskTerm
+from hf_kd.compat import length_grouping
 from hf_kd.numerics import MAX_ZERO_STEPS
 
 
@@ -76,24 +77,84 @@ def teacher_that_overflows():
     return teacher
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_bad_term_stops_the_run_before_the_step(make_trainer, accumulated):
-    """The Trainer would write NaN into every weight, and leave NaN out of the logs."""
-    marked = 17
-    batch = {"per_device_train_batch_size": 4 // accumulated, "gradient_accumulation_steps": accumulated}
-    trainer, record = make_trainer(
-        teacher=teacher_that_overflows(), rows=rows_with([marked]), save_strategy="steps", save_steps=1, **batch
-    )
+class Seen(TrainerCallback):
+    """The rows of the parts of each step, by their texts."""
+
+    def __init__(self, rows):
+        self.texts = [tuple(row["input_ids"]) for row in rows]
+        self.parts = []
+        self.steps = []
+
+    def part(self, inputs):
+        pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        texts = [tuple(ids[mask.bool()].tolist()) for ids, mask in pairs]
+        self.parts.append([self.texts.index(text) for text in texts])
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.steps.append(self.parts)
+        self.parts = []
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("batch_size", "accumulated"), [(4, 1), (5, 1), (2, 2)])
+def test_a_bad_term_stops_the_run_before_the_step(make_trainer, batch_size, accumulated, grouped):
+    """The Trainer would write NaN into every weight, and leave NaN out of the logs. The loader reads ahead: at the end
+    of an epoch the order of the next one is known, and its rows would be named."""
+    batch = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulated}
+    epochs = {"max_steps": -1, "num_train_epochs": 2, "learning_rate": 1e-5, **length_grouping(grouped), **batch}
+    clean = rows_with([])
+    seen = Seen(clean.to_list())
+    trainer, _ = make_trainer(rows=clean, **epochs)
+    trainer.add_callback(seen)
+    original = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, *args, **kwargs: (
+        seen.part(inputs),
+        original(model, inputs, *args, **kwargs),
+    )[1]
+    trainer.train()
+    num_steps = len(seen.steps)
+    for step in (1, 2, num_steps // 2, num_steps // 2 + 1, num_steps):
+        expected = next(part for part in seen.steps[step - 1])
+        marked = expected[0]
+        saving = {"save_strategy": "steps", "save_steps": 1}
+        trainer, record = make_trainer(rows=rows_with([]), **epochs, **saving)
+        calls = []
+        inner = trainer.teacher.__class__.__call__
+
+        def infinite(self, inputs, calls=calls, inner=inner, step=step):
+            calls.append(1)
+            signals = inner(self, inputs)
+            if len(calls) == (step - 1) * accumulated + 1:
+                signals.logits = signals.logits * float("inf")
+            return signals
+
+        trainer.teacher.__class__ = type("Overflowing", (trainer.teacher.__class__,), {"__call__": infinite})
+        with pytest.raises(FloatingPointError) as error:
+            trainer.train()
+        message = str(error.value)
+        assert f"the loss is not finite in step {step}: logit_loss=nan; rows " in message
+        found = message.partition("rows ")[2].partition(" of train_dataset")[0].split(", ")
+        assert list(map(int, found)) == expected and marked in expected
+        assert len(record.weights) == step - 1
+        assert not os.path.isdir(os.path.join(trainer.args.output_dir, f"checkpoint-{step}"))
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+
+
+def test_a_bad_term_leaves_the_weights_as_they_were(make_trainer):
+    """What is saved after the error must be the student of the step before."""
+    trainer, record = make_trainer(teacher=teacher_that_overflows(), rows=rows_with([17]))
     before = weights(trainer.model)
-    with pytest.raises(FloatingPointError) as error:
+    with pytest.raises(FloatingPointError, match="logit_loss=nan"):
         trainer.train()
-    message = str(error.value)
-    step = len(record.weights) + 1
-    assert f"the loss is not finite in step {step}: logit_loss=nan; rows " in message
-    found = message.partition("rows ")[2].partition(" of train_dataset")[0].split(", ")
-    assert str(marked) in found and len(found) == 4 // accumulated
     assert torch.equal(weights(trainer.model), record.weights[-1] if record.weights else before)
-    assert not os.path.isdir(os.path.join(trainer.args.output_dir, f"checkpoint-{step}"))
+
+
+def test_rows_of_a_stream_have_no_numbers(make_trainer):
+    """The error itself must not fail."""
+    rows = rows_with(range(NUM_ROWS)).to_iterable_dataset()
+    trainer, _ = make_trainer(teacher=teacher_that_overflows(), rows=rows)
+    with pytest.raises(FloatingPointError, match="rows unknown, as they are streamed"):
+        trainer.train()
 
 
 def test_a_bad_gradient_names_its_term_and_rows(make_trainer):
@@ -125,27 +186,41 @@ def test_a_bad_gradient_of_a_projection(make_trainer):
         trainer.train()
 
 
-def test_bad_steps_are_left_out_and_counted(make_trainer):
-    """A step that is left out must leave no trace: no decay, no momentum, no NaN in the moments."""
-    changes = {"on_nonfinite": "skip", "weight_decay": 0.1, "save_strategy": "steps", "save_steps": 6}
-    trainer, record = make_trainer(teacher=teacher_that_overflows(), rows=rows_with([17]), **changes)
+def bad_at_the_third(student, teacher, labels):
+    """A gradient that is infinite in one step."""
+    bad_at_the_third.calls += 1
+    return bad_gradient(student, teacher, labels) if bad_at_the_third.calls == 3 else student.logits.square().mean()
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("width", [32, 16])
+def test_bad_steps_are_left_out_and_counted(make_trainer, kind, width):
+    """A step that is left out must leave no trace: no decay, no momentum, no NaN in moments, projections or logs."""
+    bad_at_the_third.calls = 0
+    terms = [TaskTerm(1.0), LogitTerm(1.0), HiddenTerm(1.0)]
+    terms += [CustomTerm(bad_at_the_third, name="root")] if kind == "gradient" else []
+    changes = {"on_nonfinite": "skip", "weight_decay": 0.1, "save_strategy": "steps", "save_steps": 5}
+    data = {"teacher": teacher_that_overflows(), "rows": rows_with([17])} if kind == "loss" else {}
+
+    def make(**more):
+        student = make_model(seed=2, num_hidden_layers=2, hidden_size=width)
+        return make_trainer(student=student, objective=DistillationObjective(terms), **data, **{**changes, **more})
+
+    trainer, record = make()
     before = weights(trainer.model)
     trainer.train()
-    unchanged = [
-        index
-        for index, (old, new) in enumerate(zip([before, *record.weights], record.weights, strict=False))
-        if torch.equal(old, new)
-    ]
-    assert len(unchanged) == 1 and all(torch.isfinite(x).all() for x in record.weights)
+    pairs = zip([before, *record.weights], record.weights, strict=False)
+    (unchanged,) = (index for index, (old, new) in enumerate(pairs) if torch.equal(old, new))
+    assert all(torch.isfinite(x).all() for x in record.weights)
+    assert all(p.isfinite().all() for p in trainer.distillation_objective.parameters())
+    logs = [log for log in record.logs if "loss" in log]
+    assert [log.get("skipped_steps", 0) for log in logs] == [0] * unchanged + [1] * (6 - unchanged)
+    assert all(math.isfinite(log["hidden_loss"]) for log in logs if "hidden_loss" in log)
+    assert sum("hidden_loss" in log for log in logs) == 5
+    resumed, record = make(max_steps=8)
+    resumed.train(resume_from_checkpoint=os.path.join(trainer.args.output_dir, "checkpoint-5"))
     counts = [log.get("skipped_steps", 0) for log in record.logs if "loss" in log]
-    assert counts == [0] * unchanged[0] + [1] * (6 - unchanged[0])
-    state = json.loads(Path(trainer.args.output_dir, "checkpoint-6", "trainer_state.json").read_text())
-    assert state["stateful_callbacks"]["NumericsWatch"]["attributes"]["skipped_steps"] == 1
-    resumed, record = make_trainer(
-        teacher=teacher_that_overflows(), rows=rows_with([17]), **{**changes, "max_steps": 8}
-    )
-    resumed.train(resume_from_checkpoint=os.path.join(trainer.args.output_dir, "checkpoint-6"))
-    assert [log["skipped_steps"] for log in record.logs if "loss" in log][0] == 1
+    assert counts[0] == (unchanged < 6) and counts[-1] >= counts[0]
 
 
 def test_a_term_that_compares_nothing_stops_the_run(make_trainer):
@@ -153,9 +228,31 @@ def test_a_term_that_compares_nothing_stops_the_run(make_trainer):
     objective = DistillationObjective([TaskTerm(1.0), RelationTerm(1.0, type="similarity")])
     changes = {"per_device_train_batch_size": 1, "max_steps": MAX_ZERO_STEPS + 10}
     trainer, record = make_trainer(objective=objective, **changes)
-    with pytest.raises(RuntimeError, match=f"relation_loss is exactly 0 in the last {MAX_ZERO_STEPS} steps"):
+    with pytest.raises(ValueError, match=f"relation_loss is exactly 0 in the last {MAX_ZERO_STEPS} steps"):
         trainer.train()
     assert len(record.weights) == MAX_ZERO_STEPS - 1
+    # Counted on from a checkpoint.
+    trainer, record = make_trainer(objective=objective, **changes, save_strategy="steps", save_steps=25)
+    with pytest.raises(ValueError, match="relation_loss"):
+        trainer.train()
+    trainer, record = make_trainer(objective=objective, **changes)
+    with pytest.raises(ValueError, match=f"up to step {MAX_ZERO_STEPS}:"):
+        trainer.train(resume_from_checkpoint=os.path.join(trainer.args.output_dir, "checkpoint-25"))
+    assert len(record.weights) == MAX_ZERO_STEPS - 26
+
+
+def test_zeros_with_a_step_between_are_none(make_trainer):
+    """A term may be 0 now and then."""
+
+    def seldom(student, teacher, labels):
+        seldom.calls += 1
+        return student.logits.square().mean() * (1.0 if seldom.calls % 30 == 0 else 0.0)
+
+    seldom.calls = 0
+    objective = DistillationObjective([TaskTerm(1.0), CustomTerm(seldom, name="seldom")])
+    trainer, record = make_trainer(objective=objective, max_steps=MAX_ZERO_STEPS + 10)
+    trainer.train()
+    assert len(record.weights) == MAX_ZERO_STEPS + 10
 
 
 def test_rows_without_labels_are_no_zeros(make_trainer):

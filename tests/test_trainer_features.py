@@ -2,6 +2,7 @@
 and with a teacher where it could be in the way."""
 
 import os
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -119,40 +120,87 @@ def accuracy(prediction):
 )
 def test_arguments_do_what_they_do_in_trainer(make_both, changes):
     """An argument that our own step passes over would be set, logged in the card, and change nothing."""
-    train_both(make_both(**changes))
+    both = make_both(**changes)
+    train_both(both)
+    is_checkpointed = changes.get("gradient_checkpointing", False)
+    assert [trainer.model.is_gradient_checkpointing for trainer, _ in both] == [is_checkpointed] * 2
+
+
+class Seen(NamedTuple):
+    """What a run with a teacher showed: the weights after each step, and in each batch what the teacher's embeddings
+    made of it and how long its rows are."""
+
+    trainer: DistillationTrainer
+    weights: list
+    embedded: list
+    lengths: list
+
+
+@pytest.fixture
+def distill(make_args, collator, student):
+    """Train with a teacher and projections, which must not be where arguments of the student's training reach."""
+
+    def distill(num_rows=24, **changes):
+        teacher, record, embedded, lengths = make_model(seed=1), Record(), [], []
+        teacher.bert.embeddings.register_forward_hook(lambda module, inputs, output: embedded.append(output))
+        teacher.register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(kwargs["attention_mask"].sum(dim=1)), with_kwargs=True
+        )
+        trainer = DistillationTrainer(
+            copy_of(student),
+            make_args(**DISTILLED, **changes),
+            teacher_model=teacher,
+            train_dataset=make_dataset(num_rows),
+            data_collator=collator,
+            callbacks=[record],
+        )
+        before = [p.detach().clone() for p in trainer.distillation_objective.parameters()]
+        trainer.train()
+        after = list(trainer.distillation_objective.parameters())
+        assert before != [] and not any(torch.equal(p, old) for p, old in zip(after, before, strict=True))
+        assert not torch.equal(weights(trainer.model), weights(student))
+        assert not teacher.training and all(not p.requires_grad for p in teacher.parameters())
+        return Seen(trainer, record.weights, embedded, lengths)
+
+    return distill
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.05}
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"optim": "adafactor", "learning_rate": 0.01},
-        {"optim": "sgd", "learning_rate": 0.05},
-        {"neftune_noise_alpha": 5.0},
-        length_grouping(),
-        {"torch_empty_cache_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
-    ],
-    ids=lambda changes: "-".join(changes)[:40],
+    ("changes", "name"), [({"optim": "adafactor", "learning_rate": 0.01}, "Adafactor"), (SGD, "SGD")]
 )
-def test_arguments_with_a_teacher(make_args, collator, student, teacher, changes):
-    """Projections and teacher must not be where these are not looked for: noise is the student's alone."""
-    seen = []
-    handle = teacher.bert.embeddings.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    trainer = DistillationTrainer(
-        copy_of(student),
-        make_args(**DISTILLED, **changes),
-        teacher_model=teacher,
-        train_dataset=make_dataset(),
-        data_collator=collator,
-    )
-    before = [p.detach().clone() for p in trainer.distillation_objective.parameters()]
-    trainer.train()
-    handle.remove()
-    assert not any(
-        torch.equal(p, old) for p, old in zip(trainer.distillation_objective.parameters(), before, strict=True)
-    )
-    assert not torch.equal(weights(trainer.model), weights(student))
-    assert not teacher.training and not hasattr(teacher.get_input_embeddings(), "neftune_noise_alpha")
-    assert seen and all(not p.requires_grad for p in teacher.parameters())
+def test_optimizers_with_a_teacher(distill, changes, name):
+    """The projections would be left to another optimizer than the student, or to none."""
+    trainer = distill(**changes).trainer
+    assert type(trainer.optimizer.optimizer).__name__ == name
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in (*trainer.model.parameters(), *trainer.distillation_objective.parameters())} <= held
+
+
+def test_noise_is_the_students_alone(distill):
+    """A teacher that reads noisy embeddings teaches noise."""
+    plain, noisy = distill(), distill(neftune_noise_alpha=5.0)
+    assert len(plain.embedded) == 4
+    assert all(map(torch.equal, noisy.embedded, plain.embedded))
+    assert not any(map(torch.equal, noisy.weights, plain.weights))
+
+
+def test_grouping_by_length_with_a_teacher(distill):
+    """The rows would come in any order, and a long one pad its whole batch."""
+    grouped, plain = (distill(96, max_steps=12, **length_grouping(is_on)).lengths for is_on in (True, False))
+    assert torch.equal(torch.cat(grouped).sort().values, torch.cat(plain).sort().values)
+    padding = [sum((x.max() - x).sum() for x in lengths) for lengths in (grouped, plain)]
+    assert padding[0] < padding[1] / 2
+
+
+def test_emptied_cache_and_accumulation_with_a_teacher(distill):
+    """What is emptied or added up in the middle of a step must not be missing from it."""
+    plain = distill(**SGD)
+    parts = distill(**SGD, torch_empty_cache_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    for found, expected in zip(parts.weights, plain.weights, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_callbacks_get_the_same_events_in_the_same_order(make_both):
@@ -232,6 +280,7 @@ def test_compute_loss_func(make_both, accumulation):
 
 
 def test_optimizer_by_class(make_both):
+    """The class that the script names would be read by nobody, and AdamW train."""
     both = make_both(optimizer_cls_and_kwargs=(torch.optim.RMSprop, {"lr": 1e-3, "alpha": 0.9}))
     train_both(both)
     assert isinstance(both[1][0].optimizer.optimizer, torch.optim.RMSprop)
@@ -291,6 +340,7 @@ def test_resume_from_the_last_checkpoint(make_both, changes):
 
 
 def test_save_total_limit(make_both):
+    """Checkpoints would fill the disk, or the last ones be those that are deleted."""
     both = make_both(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2)
     train_both(both)
     left = [sorted(name for name in os.listdir(trainer.args.output_dir)) for trainer, _ in both]
@@ -460,6 +510,7 @@ class Tokenizing:
 
 
 def test_collators_of_texts(make_both, tokenizer):
+    """The column that the collator reads, and no model does, would be dropped before it."""
     rows = make_dataset().map(
         lambda row: {"text": " ".join(tokenizer.convert_ids_to_tokens(row["input_ids"])[1:-1])},
         remove_columns=["input_ids", "token_type_ids", "attention_mask"],

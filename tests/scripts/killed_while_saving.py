@@ -103,7 +103,8 @@ def train(folder, prepare=None, resume=False, **changes):
     if prepare is not None:
         prepare(trainer)
     trainer.train(resume_from_checkpoint=True if resume else None)
-    return weights(trainer.model).double().sum().item(), [log for log in trainer.state.log_history if "loss" in log]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return {"weights": weights(trainer.model).double().sum().item(), "logs": logs, "at": trainer.resume_notes.steps}
 
 
 def listing(folder):
