@@ -102,7 +102,7 @@ def load_tokenizer(path: str | os.PathLike, argument: str, *, revision: str | No
     Raises:
         `ValueError`: If there is none that can be read.
     """
-    check_revision(path, argument, revision)
+    _load_config(str(path), argument, revision=revision)
     fix = "save it there with tokenizer.save_pretrained(folder)"
     if not has_tokenizer(path):
         raise ValueError(f"{argument}={str(path)!r} holds no tokenizer; {fix}.")

@@ -64,10 +64,8 @@ def compares_rows(term):
 
 def own_loss(outputs, labels, num_items_in_batch):
     """What a script may give as `compute_loss_func`: a sum over the labels at hand, divided by those of the step."""
-    return (
-        torch.nn.functional.multi_margin_loss(outputs.logits[labels != -100], labels[labels != -100], reduction="sum")
-        / num_items_in_batch
-    )
+    total = torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum", label_smoothing=0.3)
+    return total / num_items_in_batch
 
 
 def of_problem(problem):

@@ -317,7 +317,7 @@ def edit_weights(folder, change):
         (lambda f: (f / "config.json").unlink(), "holds no config.json; give the output folder"),
         (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.*tokenizer.save_pretrained"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded from safetensors"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"half"), "cannot be loaded from safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"half"), "was not written to its end"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "both as model.safetensors and in parts"),
         (
             lambda f: edit_weights(f, lambda w: w.pop("classifier.weight")),

@@ -174,8 +174,8 @@ def test_grouping_by_length_reads_no_signals(tmp_path, make_args, tokenizer, tea
         lambda self, key, **kwargs: read.append(self.column_names) or original(self, key, **kwargs),
     )
     sampler = trainer._get_train_sampler(rows)
-    assert type(sampler).__name__ == "LengthGroupedSampler"
-    assert sampler.lengths == [len(row) for row in rows.select_columns(["input_ids"]).to_dict()["input_ids"]]
+    assert type(sampler.sampler).__name__ == "LengthGroupedSampler"
+    assert sampler.sampler.lengths == [len(row) for row in rows.select_columns(["input_ids"]).to_dict()["input_ids"]]
     assert all(names == ["input_ids"] for names in read)
 
 
