@@ -131,7 +131,7 @@ def test_the_recipe_distils_names_and_publishes_one_student(client, server, tmp_
         (["--teacher_model_name_or_path", "team/teacher", "--teacher_revision", "v9"], "'v9'.*v9 is not a valid"),
         (
             ["--teacher_model_name_or_path", "team/teacher", "--student_model_name_or_path", "team/smal"],
-            r"student_model_name_or_path='team/smal' is not a model folder \(with config.json\) or a Hub id that can be",
+            r"student_model_name_or_path='team/smal' is not a model folder \(with config.json\) or a Hub id that",
         ),
         (
             ["--teacher_model_name_or_path", "team/teacher", "--teacher_revision", "v1", "v2"],
