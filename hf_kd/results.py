@@ -30,7 +30,6 @@ ROLES = {
 }
 # /home/me/data, ~/data, ../data, also behind file: or in a list; not the / of org/model.
 _PATH_OUTSIDE = re.compile(r"(?<![\w./:~-])(?:~\w*|\.\.)?/[^,;'\"\n]*|(?<=file:)//[^,;'\"\n]*")
-_NO_TOKEN = "hf_***"
 _PACKAGES = (
     *("hf-kd", "torch", "transformers", "accelerate", "datasets", "evaluate", "tokenizers"),
     *("optimum-onnx", "onnx", "onnxscript", "onnxruntime"),
@@ -127,10 +126,10 @@ def describe_command(argv: Sequence[str]) -> str:
     for before, word in zip(argv, argv[1:], strict=False):
         flag, equals, value = word.rpartition("=")
         if (flag or before).endswith("_token"):
-            value = _NO_TOKEN  # whatever it looks like
+            value = "hf_xxxxxxxx"  # whatever it looks like; the stars would be quoted
         shortened = _PATH_OUTSIDE.sub(lambda match: Path(match[0]).name, value)
         words.append(flag + equals + (Path(value).name if os.path.isabs(value) else shortened))
-    return re.sub(r"hf_[A-Za-z0-9]{8,}", _NO_TOKEN, shlex.join(["python", str(script), *words]))
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", shlex.join(["python", str(script), *words]))
 
 
 def _versions() -> dict[str, str]:

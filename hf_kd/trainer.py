@@ -163,7 +163,8 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A new student, and with it a new objective: a search over weights or temperature changed the arguments."""
-        self._hp_search_setup(trial)  # transformers 5 would after this: the terms would be those of the trial before
+        if trial is not None:  # transformers 5 would after this: the terms would be those of the trial before
+            self._hp_search_setup(trial)
         model = super().call_model_init(trial)
         if hasattr(self, "capture"):  # not the call within Trainer.__init__
             self.model = model
