@@ -51,7 +51,7 @@ results: $(VENV)/.stamp
 	$(BIN)/python recipes/glue_results.py $(ARGS)
 
 test: versions
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 quality: $(VENV)/.stamp
 	$(BIN)/ruff check .

@@ -59,6 +59,9 @@ def unwritable_explained(path: str | os.PathLike, meanwhile: str) -> Iterator[No
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNWRITABLE or _ADVICE in str(error):  # of something else, or of a file within
+        # Of something else, or of a file within; numpy gives no number.
+        if error.errno not in (None, *_UNWRITABLE) or _ADVICE in str(error):
             raise
-        raise OSError(error.errno, f"{error.strerror or error}; {meanwhile}. {_ADVICE}", os.fspath(path)) from error
+        raise OSError(
+            error.errno or errno.EIO, f"{error.strerror or error}; {meanwhile}. {_ADVICE}", os.fspath(path)
+        ) from error

@@ -20,6 +20,9 @@ from hf_kd.command_line import run_main
 from hf_kd.results import read_results
 
 
+pytestmark = pytest.mark.one_leg
+
+
 HEADER = "text,label\n"
 ROWS = "w1 w2,negative\nw3 w4,positive\nw5 w6,negative\nw7 w8,positive\n"
 FINETUNE, DISTILL, EXPORT = "glue_finetune", "glue_distill", "export_onnx"

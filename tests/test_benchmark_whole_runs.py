@@ -15,6 +15,9 @@ from test_recipes import QUICK, glue_dir, teacher_dir  # noqa: F401
 from hf_kd.results import read_results, write_results
 
 
+pytestmark = pytest.mark.one_leg
+
+
 EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 

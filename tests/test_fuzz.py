@@ -20,6 +20,9 @@ from hf_kd.objective.schedules import Schedule, read_schedule, read_temperature_
 from hf_kd.signals.layers import LayerPair, layer_pairs
 
 
+pytestmark = pytest.mark.one_leg
+
+
 # Examples of each test below; those that are written out with @example come on top.
 CASES = {
     "yaml_text": 300,

@@ -597,6 +597,9 @@ TOKEN = "hf_" + "SecretTokenOfAlice" * 2
 HOST, USER, HOME = "host-of-alice", "user-alice", "home-of-alice"
 STARTS = """
 import os, platform, socket
+
+
+pytestmark = pytest.mark.one_leg
 socket.gethostname = platform.node = lambda: {host!r}
 uname = os.uname()
 os.uname = lambda: os.uname_result((uname[0], {host!r}, *uname[2:]))

@@ -26,6 +26,9 @@ from hf_kd.results import read_results, write_results
 from hf_kd.signals import Wanted
 
 
+pytestmark = pytest.mark.one_leg
+
+
 resource = pytest.importorskip("resource", reason="the system has no limits to set")
 
 MAKE_ROOM = "Make room on the disk, or give a folder that can be written, and run again"
