@@ -26,6 +26,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from hf_kd.results import read_results
 
 
+pytestmark = pytest.mark.one_leg
+
+
 TINY = {
     **{"teacher_layers": 4, "student_layers": 2, "hidden_size": 32, "intermediate_size": 64, "heads": 4},
     **{"vocab_size": 100, "max_length": 80, "num_rows": 32, "steps": 2, "warmup_steps": 1, "rounds": 2, "threads": 1},

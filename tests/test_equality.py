@@ -32,6 +32,9 @@ from hf_kd.signals import Capture, labels_of
 from hf_kd.signals.problem import PROBLEM_TYPES
 
 
+pytestmark = pytest.mark.one_leg
+
+
 STEPS = 20
 SINGLE_LABEL = "single_label_classification"
 # Adam divides by the gradient's own size, so that rounding decides the steps of weights whose gradient is nearly 0.

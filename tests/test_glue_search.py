@@ -21,6 +21,9 @@ from hf_kd.glue import GLUE_TASKS
 from hf_kd.results import read_results
 
 
+pytestmark = pytest.mark.one_leg
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     """A teacher that knows its labels' names, and rows of SST-2's layout."""
