@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_dataset, make_model, weights
 from datasets import Dataset
+from test_trainer import Record
 from transformers import TrainerCallback
 
 from hf_kd import CustomTerm, DistillationObjective, DistillationTrainer, HiddenTerm, LogitTerm, RelationTerm, TaskTerm
@@ -17,19 +18,6 @@ from hf_kd.numerics import MAX_ZERO_STEPS
 
 MARK = 59  # a word that no other row holds
 NUM_ROWS = 24
-
-
-class Record(TrainerCallback):
-    """Weights after each step, and the logs."""
-
-    def __init__(self):
-        self.weights, self.logs = [], []
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.weights.append(weights(model))
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logs.append(dict(logs))
 
 
 def rows_with(marked):
