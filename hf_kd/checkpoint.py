@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from .compat import whole_weights
+
 
 def load_finetuned(
     path: str | os.PathLike,
@@ -164,6 +166,7 @@ def _load_config(path: str, argument: str, *, revision: str | None, token: str |
         ) from error
 
 
+@whole_weights()
 def _load_weights(
     model_class: Any, path: str, argument: str, *, revision: str | None, **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -193,14 +196,23 @@ def _load_weights(
             f"{model.config.num_labels} labels need, which is {shapes}; give a model of this task, with its own "
             "config.json."
         )
+    check_weights_are_finite(model, f"{argument}={path!r}")
+    return model, info
+
+
+def check_weights_are_finite(model: nn.Module, argument: str) -> None:
+    """
+    Raises:
+        `ValueError`: If a weight is NaN or infinite.
+    """
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        is_compared = parameter.is_floating_point() and not parameter.is_meta
+        if is_compared and not torch.isfinite(parameter).all():
             wrong = (~torch.isfinite(parameter)).sum().item()
             raise ValueError(
-                f"{argument}={path!r}: {wrong} of the {parameter.numel()} numbers of {name} are NaN or infinite, and "
+                f"{argument}: {wrong} of the {parameter.numel()} numbers of {name} are NaN or infinite, and "
                 "so would be all that is learned from it; take a checkpoint from before its training diverged."
             )
-    return model, info
 
 
 def _check_stored_dtypes(path: str, argument: str) -> None:

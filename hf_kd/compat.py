@@ -2,11 +2,14 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, trainer_utils
+from transformers.integrations import deepspeed
 
 
 def length_grouping(is_on: bool = True) -> dict[str, Any]:
@@ -29,6 +32,21 @@ def rotate_checkpoints(trainer: Trainer, run_dir: str) -> None:
         best_model_checkpoint=trainer.state.best_model_checkpoint,
         use_mtime=True,
     )
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Models that are loaded within this block, or the function it decorates, are whole in each process.
+
+    Under DeepSpeed ZeRO-3 transformers loads each process a share, of which nothing can be copied or hashed: students
+    take layers and rows of their teacher's weights. The `Trainer` shards the student when it prepares it.
+    """
+    # Neither transformers nor accelerate has a public way: accelerate's zero3_init_context_manager leaves this set.
+    config, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def hardware_defaults() -> dict[str, bool]:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import has_tokenizer
+from .compat import whole_weights
 
 
 _LOGITS_PER_BATCH = 2**26  # 256 MiB in float32; the output is what takes the memory
@@ -139,6 +140,7 @@ class MaskedLM:
         return indices
 
 
+@whole_weights()
 def load_masked_lm(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Load a masked language model in float32 from safetensors, and its tokenizer.

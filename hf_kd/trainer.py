@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
+from .checkpoint import check_weights_are_finite
 from .evaluating import EvaluatingTrainer
 from .numerics import NumericsWatch
 from .objective import DistillationObjective, TaskTerm
@@ -118,6 +119,7 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
         # A collator that writes the texts in the teacher's tokens too; its rows have no tokens in common.
         reads_own_tokens = getattr(self.data_collator, "teacher_tokenizer", None) is not None
         self.problem = problem_of(self.model)
+        check_weights_are_finite(self.model, "model")
         needs_teacher = objective.needs_teacher or self.args.eval_teacher_agreement
         if self.teacher is None and needs_teacher:
             labels = self.args.teacher_labels
@@ -360,20 +362,22 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
     # Checks before training
 
     def _load_teacher(self, teacher_model: TeacherModel, reads_own_tokens: bool, notes_weights: bool) -> Teacher:
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "DeepSpeed ZeRO-3 would shard the teacher's weights away; use DDP "
-                "(recipes/accelerate_configs/ddp.yaml) or ZeRO-2."
-            )
         if isinstance(teacher_model, str | os.PathLike):
             reader = self.data_collator.teacher_tokenizer if reads_own_tokens else self.processing_class
             if hasattr(reader, "get_vocab"):
                 check_tokenizers(reader, load_teacher_tokenizer(teacher_model), reads_own_tokens)
             teacher_model = load_teacher(teacher_model)
+        else:
+            check_weights_are_finite(teacher_model, "teacher_model")
         if {id(p) for p in teacher_model.parameters()} & {id(p) for p in self.model.parameters()}:
             raise ValueError(
                 "teacher_model and model share parameters, which the teacher would freeze; make the student with "
                 "student_from_teacher(teacher, num_layers=3) or from copy.deepcopy(teacher)."
+            )
+        if any(hasattr(parameter, "ds_id") for parameter in teacher_model.parameters()):
+            raise ValueError(
+                "teacher_model was loaded under DeepSpeed ZeRO-3, so that each process holds a share of its weights; "
+                "give its folder or Hub id in its place, or load it with hf_kd.load_teacher(...)."
             )
         if problem_of(teacher_model) != self.problem:
             raise ValueError(
@@ -391,7 +395,7 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
             autocast_dtype=AUTOCAST_DTYPES.get(self.accelerator.mixed_precision),
             notes_weights=notes_weights,
         )
-        if getattr(self.accelerator, "is_fsdp2", False):
+        if getattr(self.accelerator, "is_fsdp2", False) or is_deepspeed_zero3_enabled():
             teacher.shard()
         return teacher
 

@@ -178,11 +178,11 @@ class Worker:
             env=environment,
         )
         self.facts: dict[str, Any] = {}
-        self._spec = {**spec, "variant": asdict(variant)}
+        self._tell({**spec, "variant": asdict(variant)})
 
     def __enter__(self) -> Worker:
         try:
-            self.facts = self._ask(self._spec)
+            self.facts = self._answer()
         except BaseException:
             self.__exit__()
             raise
@@ -190,15 +190,16 @@ class Worker:
 
     def turn(self, **options: Any) -> dict[str, Any]:
         """Train `steps` after `warmup_steps`."""
-        return self._ask({"command": "turn", **options})
+        self._tell({"command": "turn", **options})
+        return self._answer()
 
-    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        try:
+    def _tell(self, message: dict[str, Any]) -> None:
+        with suppress(BrokenPipeError):  # the answer that fails to come says why
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
+
+    def _answer(self) -> dict[str, Any]:
+        answer = self._process.stdout.readline()
         if not answer:
             self._log.seek(0)
             raise RuntimeError(f"{self.name} ended with code {self._process.wait()}:\n{self._log.read()[-3000:]}")
@@ -230,7 +231,11 @@ def measure(args: BenchmarkArguments, spec: dict[str, Any], length: str) -> list
     turns: dict[str, list[dict[str, Any]]] = {}
     rows = []
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(spec, variant)) for variant in variants_for(args, length)]
+        workers = [Worker(spec, variant) for variant in variants_for(args, length)]  # they get ready side by side
+        for worker in workers:
+            stack.push(worker)
+        for worker in workers:
+            worker.__enter__()
         for _ in range(args.rounds):
             for worker in workers:
                 turn = worker.turn(steps=steps, warmup_steps=args.warmup_steps)

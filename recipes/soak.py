@@ -97,7 +97,7 @@ class SoakArguments:
 # A training, in processes of its own
 
 
-def train(folder: Path, name: str, rank: int, port: int, has_begun: Any) -> None:
+def train(folder: Path, name: str, rank: int, port: int, steps_done: Any) -> None:
     """One process of a training, from its last checkpoint if there is one, to its end."""
     training = TRAININGS[name]
     processes = training.get("processes", 1)
@@ -135,21 +135,21 @@ def train(folder: Path, name: str, rank: int, port: int, has_begun: Any) -> None
         train_dataset=rows,
         eval_dataset=evaluated,
         data_collator=DataCollatorWithPadding(tokenizer),
-        callbacks=[Begun(has_begun)],
+        callbacks=[Progress(steps_done)] if rank == 0 else [],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
     (folder / f"state_{rank}.json").write_text(json.dumps(describe_state(trainer)), encoding="utf-8")
     os._exit(0)  # an open group of processes can abort the exit
 
 
-class Begun(TrainerCallback):
-    """Tells the one who kills that there is something to kill."""
+class Progress(TrainerCallback):
+    """Tells the one who kills how many steps were made since this process began."""
 
-    def __init__(self, event: Any):
-        self.event = event
+    def __init__(self, steps_done: Any):
+        self.steps_done = steps_done
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.event.set()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps_done.value += 1
 
 
 def describe_state(trainer: DistillationTrainer) -> dict[str, Any]:
@@ -216,12 +216,14 @@ class Life:
     def __init__(self, folder: Path, name: str):
         self.folder = folder
         context = multiprocessing.get_context("fork")  # torch is loaded once
-        self.has_begun = context.Event()
+        self.steps_done = context.Value("i", 0, lock=False)  # a killed process would hold the lock for ever
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ranks = range(TRAININGS[name].get("processes", 1))
-        self.processes = [context.Process(target=train, args=(folder, name, r, port, self.has_begun)) for r in ranks]
+        self.processes = [
+            context.Process(target=train, args=(folder, name, rank, port, self.steps_done if rank == 0 else None))
+            for rank in range(TRAININGS[name].get("processes", 1))
+        ]
         for process in self.processes:
             process.start()
 
@@ -237,14 +239,14 @@ class Life:
             )
             raise RuntimeError(f"the training in {self.folder.name} failed:\n{logs}")
 
-    def wait_until_begun(self) -> None:
+    def wait_for_step(self, number: int) -> None:
         """Or until a process has ended."""
-        while not self.has_begun.wait(timeout=0.1) and all(process.is_alive() for process in self.processes):
-            pass
+        while self.steps_done.value < number and all(process.is_alive() for process in self.processes):
+            time.sleep(0.001)
 
-    def kill_after(self, seconds: float) -> bool:
-        """SIGKILL all processes so long after the training has begun; `False` if it has ended by then."""
-        self.wait_until_begun()
+    def kill_after(self, steps: int, seconds: float) -> bool:
+        """SIGKILL all processes so long after so many steps; `False` if the training has ended by then."""
+        self.wait_for_step(steps)
         time.sleep(seconds)
         if any(process.exitcode is not None for process in self.processes):
             self.wait()
@@ -262,13 +264,19 @@ def soak(folder: Path, name: str, kills: int, rng: random.Random) -> dict[str, A
         (run / "out").mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8")
     started = Life(whole, name)
-    started.wait_until_begun()
+    started.wait_for_step(1)
     start = time.perf_counter()
     started.wait()
     seconds = time.perf_counter() - start
-    found: dict[str, Any] = {"training": name, "kills": 0, "while_saving": 0, "resumed_at": []}
+    steps = read(whole, 0)["steps"]
+    found: dict[str, Any] = {"training": name, "kills": 0, "while_saving": 0, "resumed_at": [], "steps": steps}
     staging = killed / "out" / STAGING_NAME
-    while found["kills"] < kills and Life(killed, name).kill_after(rng.uniform(0, seconds / kills)):
+
+    def is_killed_again() -> bool:
+        """After steps, however slow the machine is, and at any moment of one."""
+        return Life(killed, name).kill_after(rng.randint(1, 2 * steps // (kills + 1)), rng.uniform(0, seconds / steps))
+
+    while found["kills"] < kills and is_killed_again():
         found["kills"] += 1
         found["while_saving"] += staging.is_dir()
         shutil.rmtree(staging, ignore_errors=True)  # counted once
@@ -276,9 +284,8 @@ def soak(folder: Path, name: str, kills: int, rng: random.Random) -> dict[str, A
         found["resumed_at"].append(int(last.rpartition("-")[2]) if last is not None else 0)
     if found["kills"] == kills:
         Life(killed, name).wait()
-    found["steps"] = read(whole, 0)["steps"]
     not_compared = {"resumed at"}
-    if found["resumed_at"][-1:] == [found["steps"]]:  # no step was left to restore the random numbers for
+    if found["resumed_at"][-1:] == [steps]:  # no step was left to restore the random numbers for
         not_compared |= {"random numbers"}
     found["differences"] = [
         f"{key} of process {rank}"
@@ -287,7 +294,7 @@ def soak(folder: Path, name: str, kills: int, rng: random.Random) -> dict[str, A
         if key not in not_compared and read(killed, rank)[key] != value
     ]
     # A run that begins anew would end with the same.
-    resumed_at = sorted({*found["resumed_at"]} - {0, found["steps"]})
+    resumed_at = sorted({*found["resumed_at"]} - {0, steps})
     found["differences"] += ["where it was resumed"] if read(killed, 0)["resumed at"] != resumed_at else []
     states = [read(killed, rank) for rank in range(TRAININGS[name].get("processes", 1))]
     found["differences"] += ["weights between processes"] if len({state["weights"] for state in states}) > 1 else []

@@ -271,6 +271,32 @@ def test_teacher_shares_layers_with_the_student(make_trainer):
     assert all(p.requires_grad for p in student.parameters())
 
 
+def test_one_process_on_several_gpus(make_args):
+    """DataParallel would average the terms of its replicas, whatever each of them has to say."""
+    args = make_args()
+    assert args.n_gpu <= 1
+    args._n_gpu = 4  # what TrainingArguments finds where a process sees four
+    assert_refused(
+        lambda: DistillationTrainer(make_model(seed=2), args, teacher_model=make_model(seed=1)),
+        "one process sees 4 GPUs",
+        "accelerate launch --num_processes 4",
+    )
+
+
+@pytest.mark.parametrize("argument", ["model", "teacher_model"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_weights_of_a_run_that_diverged(make_trainer, argument, value):
+    """An infinite weight may make a finite loss, whose student is trained towards nothing."""
+    models = {"model": make_model(seed=2, num_hidden_layers=2), "teacher_model": make_model(seed=1)}
+    with torch.no_grad():
+        models[argument].bert.encoder.layer[0].output.dense.bias[:3] = value
+    assert_refused(
+        lambda: make_trainer(**models),
+        f"{argument}: 3 of the 32 numbers of bert.encoder.layer.0.output.dense.bias are NaN or infinite",
+        "before its training diverged",
+    )
+
+
 def test_arguments_that_an_objective_replaces(make_trainer):
     """A temperature beside an objective would be read by nothing, and stand in every table of the run."""
     args = {"temperature": 9.0, "hidden_loss_weight": 5.0}

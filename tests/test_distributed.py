@@ -2,10 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 
@@ -15,13 +17,23 @@ SCRIPT = Path(__file__).parent / "scripts" / "train_tiny.py"
 pytestmark = pytest.mark.distributed
 
 
-def launch(script, *args, processes=2, check=True, config=None):
-    """Run a script under `accelerate launch` with the shipped CPU configs."""
+def launch_command(name, script, *args):
+    config = ROOT / "recipes" / "accelerate_configs" / name
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return [*launcher, str(script), *map(str, args)]
+
+
+def launch_environment(use_cpu=True):
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    device = {"ACCELERATE_USE_CPU": "true"} if use_cpu else {"DS_ACCELERATOR": "cpu"}
+    threads = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **threads, **device, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def launch(script, *args, processes=2, check=True, config=None, use_cpu=True):
+    """Run a script under `accelerate launch` with a shipped config, by default that of so many CPU processes."""
     name = config or ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "recipes" / "accelerate_configs" / name), str(script), *map(str, args)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command, environment = launch_command(name, script, *args), launch_environment(use_cpu)
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     if check:
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
@@ -92,3 +104,74 @@ def test_a_sharded_teacher_says_the_same(tmp_path):
     for rank in range(2):
         for found in json.loads((tmp_path / f"shares_{rank}.json").read_text()):
             assert found == {"is_equal": True, "share": pytest.approx(0.5, abs=0.05), "hash": True}
+
+
+# The other launchers
+
+
+TRAIN_AND_RESUME = SCRIPT.with_name("train_and_resume.py")
+
+
+def read_training(folder):
+    return [json.loads((folder / f"{name}.json").read_text()) for name in ("whole", "resumed")]
+
+
+def assert_same_training(found, expected, tolerance):
+    assert found["world_size"] == 2
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        np.testing.assert_allclose(found["weights"][name], weight, rtol=0, atol=tolerance, err_msg=name)
+    assert len(found["logs"]) == len(expected["logs"]) == 8  # of six steps and two evaluations
+    for log, values in zip(found["logs"], expected["logs"], strict=True):
+        assert log == pytest.approx(values, rel=1e-5, abs=tolerance)
+
+
+@pytest.fixture(scope="module")
+def under_ddp(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    launch(TRAIN_AND_RESUME, folder, "whole")
+    whole, resumed = read_training(folder)
+    assert resumed == whole
+    assert whole["student_class"] == "DistributedDataParallel"
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("config", "student_class", "teacher_class", "teacher_share"),
+    [
+        ("fsdp2", "FSDPBertForSequenceClassification", "FSDPBertForSequenceClassification", 0.5),
+        ("zero2", "DeepSpeedEngine", "BertForSequenceClassification", 1.0),
+        ("zero3", "DeepSpeedEngine", "FSDPBertForSequenceClassification", 0.5),
+    ],
+)
+def test_sharded_student_is_that_of_ddp(tmp_path, under_ddp, config, student_class, teacher_class, teacher_share):
+    """Weights, logs, evaluation beside the teacher, and the resumed run; hooks read students in pieces, too."""
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="install deepspeed")
+    launch(TRAIN_AND_RESUME, tmp_path, "sharded", config=f"{config}.yaml", use_cpu=False)
+    whole, resumed = read_training(tmp_path)
+    assert resumed == whole
+    assert_same_training(whole, under_ddp, tolerance=2e-6)
+    assert (whole["student_class"], whole["teacher_class"]) == (student_class, teacher_class)
+    refusals = json.loads((tmp_path / "refusals.json").read_text())
+    assert "need projections from the student's width 16" in refusals["projections"]
+    assert ("would leave none out" in (refusals["skip"] or "")) == config.startswith("zero")
+    assert ("each process holds a share" in (refusals["teacher in shares"] or "")) == (config == "zero3")
+    assert whole["teacher_numbers"] == pytest.approx(teacher_share * under_ddp["teacher_numbers"], rel=0.05)
+
+
+def test_two_machines_are_two_processes(tmp_path, under_ddp):
+    """Each has its own launcher, and a first process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = []
+    for rank in range(2):
+        command = launch_command("ddp_two_machines.yaml", TRAIN_AND_RESUME, tmp_path, "whole")
+        options = {"num_processes": 2, "machine_rank": rank, "main_process_ip": "127.0.0.1", "main_process_port": port}
+        command[3:3] = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        machines.append(subprocess.Popen(command, env=launch_environment(), stderr=subprocess.PIPE, text=True))
+    errors = [machine.communicate(timeout=400)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "".join(error[-3000:] for error in errors)
+    whole, resumed = read_training(tmp_path)
+    assert resumed == whole == under_ddp

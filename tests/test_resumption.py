@@ -100,7 +100,7 @@ def test_killed_at_random_moments(tmp_path, name):
     found = run_python("-c", script, tmp_path / "run", name)
     assert (
         found["differences"] == []
-        and found["kills"] >= 3
+        and found["kills"] >= 2
         and max(found["resumed_at"]) > 0
         and found["steps"] in (18, 36)
     )
