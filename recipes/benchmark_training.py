@@ -97,7 +97,7 @@ class BenchmarkArguments:
         default_factory=list,
         metadata={"help": "Also measure the memory of finetune and cached_logits with as many rows on disk."},
     )
-    only_table: Path | None = field(default=None, metadata={"help": "Print the table of this results file alone."})
+    only_table: list[Path] = field(default_factory=list, metadata={"help": "Print the table of these results alone."})
 
     def __post_init__(self) -> None:
         self.variants = list(dict.fromkeys(read_variant(name).name for name in self.variants))
@@ -305,8 +305,10 @@ def measure_memory(args: BenchmarkArguments, spec: dict[str, Any]) -> list[dict[
 
 def main() -> None:
     (args,) = parse_args((BenchmarkArguments,))
-    if args.only_table is not None:
-        print(format_training(read_results(args.only_table)))
+    if args.only_table:
+        read = [read_results(path) for path in args.only_table]
+        sections = ("training_benchmark", "caches", "memory")
+        print(format_training({name: [row for results in read for row in results[name]] for name in sections}))
         return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
@@ -316,7 +318,9 @@ def main() -> None:
         "caches": [],
         "memory": [],
     }
-    results["arguments"] = {name: value for name, value in asdict(args).items() if not isinstance(value, Path)}
+    results["arguments"] = {
+        name: value for name, value in asdict(args).items() if name not in ("output_dir", "only_table")
+    }
     results["arguments"]["threads"] = args.threads or available_cores()
     for dtype, length, batch_size in itertools.product(args.dtypes, args.lengths, args.batch_sizes):
         if dtype == "bfloat16" and not hardware_defaults()["bf16"]:

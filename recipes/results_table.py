@@ -165,8 +165,40 @@ def format_inference(runs: list[dict[str, Any]], threads: int = 1) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+# What `format_costs` compares: a variant, with another, and by which ratio.
+COSTS = (
+    ("online_logits", "limit", "step_ratio"),
+    ("online_layers", "limit", "step_ratio"),
+    ("online_layers_relations", "limit", "step_ratio"),
+    ("online_layers", "naive", "step_ratio"),
+    ("cached_logits", "finetune", "throughput_ratio"),
+    ("cached_layer", "finetune", "throughput_ratio"),
+)
+
+
+def format_costs(results: dict[str, Any]) -> str:
+    """One Markdown line per configuration: how long a step takes, or how many rows a second, times that of another.
+
+    Args:
+        results (`dict`): What `benchmark_training.py` wrote.
+    """
+    found = {
+        (*configuration(row)[:3], row["variant"], other, kind): value
+        for row in results["training_benchmark"]
+        for kind in ("step_ratio", "throughput_ratio")
+        for other, value in row[kind].items()
+    }
+    what = {"step_ratio": "step", "throughput_ratio": "rows/s"}
+    lines = [["length", "batch", "dtype", *(f"{what[kind]}: {name} / {other}" for name, other, kind in COSTS)]]
+    lines.append(["---"] * len(lines[0]))
+    for cell in dict.fromkeys(key[:3] for key in found):
+        lines.append([*cell, *(as_text(found.get((*cell, *cost)), ".2f") for cost in COSTS)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def format_training(results: dict[str, Any]) -> str:
-    """One Markdown line per configuration and variant, then the building of caches, and the memory for rows on disk.
+    """One Markdown line per configuration and variant, then the building of caches, the memory for rows on disk, and
+    the costs of each configuration.
 
     Args:
         results (`dict`): What `benchmark_training.py` wrote.
@@ -210,31 +242,33 @@ def format_training(results: dict[str, Any]) -> str:
             tables[-1].append([*configuration(row), str(row["rows"]), *sizes])
     for table in tables:
         table.insert(1, ["---"] * len(table[0]))
-    return "\n\n".join("\n".join("| " + " | ".join(line) + " |" for line in table) for table in tables)
+    formatted = ["\n".join("| " + " | ".join(line) + " |" for line in table) for table in tables]
+    return "\n\n".join([*formatted, format_costs(results)])
 
 
 def format_whole_runs(results: dict[str, Any]) -> str:
     """One Markdown line per variant: its metric, and the seconds of its training and of its whole process, as mean and
-    spread over seeds; training is compared with fine-tuning of the same seed.
+    spread over seeds. Compared with fine-tuning of the same seed is what the processor computed for the process:
+    it leaves out the time in which others had the cores.
 
     Args:
         results (`dict`): What `benchmark_whole_runs.py` wrote.
     """
     rows = results["whole_runs"]
-    plain = {row["seed"]: row["train_seconds"] for row in rows if row["variant"] == "finetune"}
-    lines = ["| variant | seeds | metric | value | steps | training s | / finetune | process s | its processor s |"]
+    plain = {row["seed"]: row["processor_seconds"] for row in rows if row["variant"] == "finetune"}
+    lines = ["| variant | seeds | metric | value | steps | training s | process s | its processor s | / finetune |"]
     lines.append("|---" * 9 + "|")
     for variant in dict.fromkeys(row["variant"] for row in rows):
         found = [row for row in rows if row["variant"] == variant]
         is_run = found[0]["seed"] is not None
         value = _with_spread([_main_value(row) for row in found]) if is_run else ""
-        ratios = [row["train_seconds"] / plain[row["seed"]] for row in found if row["seed"] in plain]
+        ratios = [row["processor_seconds"] / plain[row["seed"]] for row in found if row["seed"] in plain]
         metric, steps = found[0]["main_metric"]["name"], found[0]["steps"]
         times = [
             _with_spread([row[name] for row in found]) for name in ("train_seconds", "seconds", "processor_seconds")
         ]
-        cells = [variant, str(len(found)) if is_run else "", metric if is_run else "", value, str(steps), times[0]]
-        cells += [f"{statistics.median(ratios):.2f}" if ratios else "", *times[1:]]
+        cells = [variant, str(len(found)) if is_run else "", metric if is_run else "", value, str(steps), *times]
+        cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

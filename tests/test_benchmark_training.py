@@ -19,7 +19,7 @@ from benchmark_training import (
 )
 from benchmark_training_variants import SST2_LENGTHS, VARIANTS, read_variant
 from benchmark_training_worker import make_rows, make_trainer, matrix_product_share, measure_cache, repeat_on_disk
-from results_table import format_training
+from results_table import format_costs, format_training
 from test_distributed import ROOT
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -208,6 +208,26 @@ def test_ratios_are_medians_within_rounds():
     assert step == {"limit": 1.5} and throughput == {"limit": pytest.approx(1 / 1.5)}
     step, throughput = ratios(rows[2], rows)
     assert step == {} and throughput == {"limit": 2.0}
+
+
+def test_costs_of_a_configuration():
+    """A ratio would stand in the column of another, or in the line of another batch size."""
+
+    def row(variant, batch_size, **step_ratio):
+        name = {"variant": variant, "length": "sst2", "batch_size": batch_size, "dtype": "float32"}
+        return {**name, "step_ratio": step_ratio, "throughput_ratio": {"finetune": batch_size / 10}}
+
+    rows = [
+        row("online_layers", 4, limit=1.05, naive=0.8),
+        row("cached_logits", 4),
+        row("online_logits", 8, limit=1.01),
+    ]
+    head, _, *lines = format_costs({"training_benchmark": rows}).splitlines()
+    names = [cell.strip() for cell in head.strip("|").split("|")]
+    found = [dict(zip(names, (cell.strip() for cell in line.strip("|").split("|")), strict=True)) for line in lines]
+    columns = ["step: online_layers / limit", "step: online_layers / naive", "rows/s: cached_logits / finetune"]
+    assert [found[0][name] for name in columns] == ["1.05", "0.80", "0.40"]
+    assert [found[1][name] for name in ("batch", "step: online_logits / limit", columns[0])] == ["8", "1.01", ""]
 
 
 def test_share_of_matrix_products():
