@@ -30,13 +30,14 @@ PACKAGES    := torch transformers accelerate datasets evaluate optimum-onnx onnx
 # Two test workers with one thread each do not fight for cores, and nothing may depend on the network.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: help demo results test quality versions clean
+.PHONY: help demo results test soak quality versions clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo             distil a small pretrained encoder, export and measure it, without the Hub"
 	@echo "make results          rebuild the results table: hours of training (ARGS='--glue_dir DIR --tasks mrpc rte')"
 	@echo "make test             run the tests            (ARGS='tests/objective -k kl' passes options to pytest)"
+	@echo "make soak             kill 50 trainings at random moments and resume them: minutes"
 	@echo "make quality          lint, format check, types, known vulnerabilities of the pinned packages"
 	@echo "make versions         what is installed"
 	@echo "make clean            remove the environments of both legs and all caches"
@@ -52,6 +53,9 @@ results: $(VENV)/.stamp
 
 test: versions
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+soak: $(VENV)/.stamp
+	$(BIN)/python recipes/soak.py --kills 50 --results_file recipes/results/soak.json $(ARGS)
 
 quality: $(VENV)/.stamp
 	$(BIN)/ruff check .

@@ -206,6 +206,7 @@ def check_weights_are_finite(model: nn.Module, argument: str) -> None:
         `ValueError`: If a weight is NaN or infinite.
     """
     for name, parameter in model.named_parameters():
+        parameter = getattr(parameter, "ds_tensor", parameter)  # this process's share, under DeepSpeed ZeRO-3
         is_compared = parameter.is_floating_point() and not parameter.is_meta
         if is_compared and not torch.isfinite(parameter).all():
             wrong = (~torch.isfinite(parameter)).sum().item()

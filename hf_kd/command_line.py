@@ -71,7 +71,9 @@ def parse_args(dataclass_types: Sequence[type], argv: Sequence[str] | None = Non
     config = {}
     if argv and argv[0].endswith((".yaml", ".yml")):
         config = _read_yaml(Path(argv.pop(0)), known, mappings)
-    flags = [*_as_flags(defaults), *_as_flags(config), *argv]
+    if _asks_for_fp16([*_as_flags(config), *argv]):
+        defaults.pop("bf16", None)
+    flags = [*_as_flags({**defaults, **config}), *argv]
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
@@ -160,6 +162,15 @@ _Loader.yaml_implicit_resolvers = {
 }
 for tag, pattern in _SCALARS.items():
     _Loader.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), list("-+.0123456789tTfF"))
+
+
+def _asks_for_fp16(words: list[str]) -> bool:
+    is_asked = False
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--fp16":
+            is_asked = (value or following).lower() not in ("false", "f", "no", "n", "0")
+    return is_asked
 
 
 def _as_flags(values: dict[str, Any]) -> list[str]:

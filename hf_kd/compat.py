@@ -1,7 +1,6 @@
 """What differs between the supported versions of the stack, found by feature."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -58,9 +57,7 @@ def hardware_defaults() -> dict[str, bool]:
     use_cpu = (
         os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.accelerator.is_available()
     )
-    is_chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no" or any(
-        "--fp16" in word for word in sys.argv
-    )
+    is_chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
     return {"use_cpu": use_cpu, "bf16": not is_chosen and _computes_in_bf16(use_cpu)}
 
 

@@ -28,6 +28,8 @@ ROLES = {
     "student": "student distilled",
     "int8": "student distilled + int8",
 }
+# What a guess scores, in points of 100, where dev rows contradict the training rows and models end below it.
+CHANCE = {"wnli": 50.0}
 # /home/me/data, ~/data, ../data, also behind file: or in a list; not the / of org/model.
 _PATH_OUTSIDE = re.compile(r"(?<![\w./:~-])(?:~\w*|\.\.)?/[^,;'\"\n]*|(?<=file:)//[^,;'\"\n]*")
 _PACKAGES = (
@@ -73,7 +75,7 @@ def describe_run() -> dict[str, Any]:
 
 def format_table(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]] = ()) -> str:
     """One Markdown line per task and role: main metric as mean ± sample standard deviation over seeds, parameters,
-    share retained.
+    share retained of a teacher that is not below chance.
 
     Args:
         rows (sequence of `dict`): Rows of one or more results files.
@@ -88,6 +90,7 @@ def format_table(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str,
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for task in dict.fromkeys(row["task"] for row in rows):
         teacher = main_values(rows, task, "teacher")
+        has_share = any(teacher) and not is_below_chance(rows, task)
         for role, name in ROLES.items():
             values = main_values(rows, task, role)
             if not values:
@@ -96,7 +99,7 @@ def format_table(rows: Sequence[dict[str, Any]], comparisons: Sequence[dict[str,
             value = f"{statistics.mean(values):.2f}" + (
                 f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             )
-            kept = f"{statistics.mean(values) / statistics.mean(teacher):.1%}" if teacher and any(teacher) else ""
+            kept = f"{statistics.mean(values) / statistics.mean(teacher):.1%}" if has_share else ""
             difference = f"{difference_of.get(task, '') if role == 'student' else ''} | " if difference_of else ""
             lines.append(
                 f"| {task} | {name} | {row['main_metric']['name']} | {len(values)} | {value} | {difference}"
@@ -115,6 +118,12 @@ def main_values(rows: Sequence[dict[str, Any]], task: str, role: str) -> list[fl
     """Main metric in points of 100, once per seed, or once per teacher of several."""
     by_seed = {(row["seed"], row.get("teacher")): row for row in rows if (row["task"], row["role"]) == (task, role)}
     return [100 * row["metrics"][row["main_metric"]["split"]][row["main_metric"]["name"]] for row in by_seed.values()]
+
+
+def is_below_chance(rows: Sequence[dict[str, Any]], task: str) -> bool:
+    """Whether the teacher, or the mean of several, is worse than a guess: a share of it says nothing."""
+    teacher = main_values(rows, task, "teacher")
+    return task in CHANCE and bool(teacher) and statistics.mean(teacher) < CHANCE[task]
 
 
 def describe_command(argv: Sequence[str]) -> str:

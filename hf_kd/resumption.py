@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from .compat import rotate_checkpoints
 
 # Where files are written before they get their names; transformers does not take its folders for checkpoints.
 STAGING_NAME = "incomplete"
+# What transformers loads weights from; names such as model_v1.safetensors are somebody's own.
+_WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 class ResumableTrainer(Trainer):
@@ -61,6 +64,13 @@ class ResumableTrainer(Trainer):
         given = resume_from_checkpoint if not isinstance(resume_from_checkpoint, bool) else None
         self.resume_notes.run_dir = None if given is None else str(Path(given).absolute().parent)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_callback_state(self) -> None:
+        """May make the callbacks anew, as `restore_callback_states_from_checkpoint` asks."""
+        super()._load_callback_state()
+        run_dir = self.resume_notes.run_dir
+        self.resume_notes = next(x for x in self.callback_handler.callbacks if isinstance(x, ResumeNotes))
+        self.resume_notes.run_dir = run_dir
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Steps after the last log of an earlier attempt are not part of this one.
@@ -236,8 +246,8 @@ def _move_files(source: Path, target: Path) -> None:
     for path in sorted(files, key=lambda path: path.suffix == ".safetensors"):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).replace(target / path)
-    for path in target.glob("model*.safetensors*"):
-        if path.relative_to(target) not in files:
+    for path in target.iterdir():
+        if _WEIGHTS_NAME.fullmatch(path.name) and path.relative_to(target) not in files:
             path.unlink()
 
 

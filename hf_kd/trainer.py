@@ -447,6 +447,7 @@ class _ProjectionCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.distillation_objective.check_every_term_has_a_step(state.max_steps)
+        self.trainer.distillation_objective.zero_grad()  # an earlier attempt may have ended between backward and step
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.max_grad_norm and self.trainer.distillation_objective.has_projections:

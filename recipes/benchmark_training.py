@@ -97,6 +97,9 @@ class BenchmarkArguments:
         default_factory=list,
         metadata={"help": "Also measure the memory of finetune and cached_logits with as many rows on disk."},
     )
+    memory_steps: int = field(
+        default=2000, metadata={"help": "Steps of that, each of which reads rows from all over the file."}
+    )
     only_table: list[Path] = field(default_factory=list, metadata={"help": "Print the table of these results alone."})
 
     def __post_init__(self) -> None:
@@ -297,7 +300,7 @@ def measure_memory(args: BenchmarkArguments, spec: dict[str, Any]) -> list[dict[
             build_caches(spec, variants)
         for variant in variants:
             with Worker({**spec, "rows_on_disk": num_rows}, variant) as worker:
-                turn = worker.turn(steps=args.steps, warmup_steps=args.warmup_steps)
+                turn = worker.turn(steps=args.memory_steps, warmup_steps=0)
             sizes = {key: value for key, value in turn.items() if key.endswith("_mib")}
             rows.append({"variant": variant.name, "rows": num_rows, **sizes})
     return rows

@@ -214,7 +214,7 @@ class Life:
     """The processes of a training, from a start to their end or to a kill."""
 
     def __init__(self, folder: Path, name: str):
-        self.folder = folder
+        self.folder, self.began = folder, time.time()
         context = multiprocessing.get_context("fork")  # torch is loaded once
         self.steps_done = context.Value("i", 0, lock=False)  # a killed process would hold the lock for ever
         with socket.socket() as free:
@@ -272,14 +272,14 @@ def soak(folder: Path, name: str, kills: int, rng: random.Random) -> dict[str, A
     found: dict[str, Any] = {"training": name, "kills": 0, "while_saving": 0, "resumed_at": [], "steps": steps}
     staging = killed / "out" / STAGING_NAME
 
-    def is_killed_again() -> bool:
-        """After steps, however slow the machine is, and at any moment of one."""
-        return Life(killed, name).kill_after(rng.randint(1, 2 * steps // (kills + 1)), rng.uniform(0, seconds / steps))
-
-    while found["kills"] < kills and is_killed_again():
+    most_steps = max(1, 2 * steps // (kills + 1))
+    while found["kills"] < kills:
+        life = Life(killed, name)
+        # After steps, however slow the machine is, and at any moment of one.
+        if not life.kill_after(rng.randint(1, most_steps), rng.uniform(0, seconds / steps)):
+            break
         found["kills"] += 1
-        found["while_saving"] += staging.is_dir()
-        shutil.rmtree(staging, ignore_errors=True)  # counted once
+        found["while_saving"] += staging.is_dir() and staging.stat().st_mtime >= life.began
         last = get_last_checkpoint(killed / "out")
         found["resumed_at"].append(int(last.rpartition("-")[2]) if last is not None else 0)
     if found["kills"] == kills:
@@ -319,11 +319,13 @@ def main() -> None:
     args.results_file.parent.mkdir(parents=True, exist_ok=True)
     write_results(args.results_file, [], kills=rows)
     total, saving = sum(row["kills"] for row in rows), sum(row["while_saving"] for row in rows)
+    resumed = sum(step > 0 for row in rows for step in row["resumed_at"])
     different = [row for row in rows if row["differences"]]
     print(
-        f"{total} kills, {saving} of them while saving, in {len(rows)} trainings; {len(different)} ended differently."
+        f"{total} kills, {saving} of them while saving, {resumed} with a checkpoint to resume from, in {len(rows)} "
+        f"trainings; {len(different)} ended differently."
     )
-    if different:
+    if different or not resumed:
         sys.exit(1)
 
 

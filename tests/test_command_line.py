@@ -56,6 +56,37 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(parse):
     assert (model.name, model.size, run.rate, run.title) == ("flag", 12, 1e-3, None)
 
 
+def test_null_is_the_arguments_own_default(parse):
+    """`save_total_limit: null` keeps every checkpoint; with the recipe's default they would be deleted."""
+    assert parse("name: x\nsize: null\ntitle: null\n", size=1, title="default") == (Model(name="x"), Run())
+
+
+@dataclass
+class Precision:
+    fp16: bool = False
+    bf16: bool = False
+    fp16_full_eval: bool = False
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "expected"),
+    [
+        ("", [], Precision(bf16=True)),
+        ("fp16: true", [], Precision(fp16=True)),
+        ("", ["--fp16"], Precision(fp16=True)),
+        ("", ["--fp16", "true"], Precision(fp16=True)),
+        ("fp16: true", ["--fp16=false"], Precision(bf16=True)),
+        ("", ["--fp16", "false"], Precision(bf16=True)),
+        ("", ["--fp16_full_eval"], Precision(bf16=True, fp16_full_eval=True)),
+    ],
+)
+def test_fp16_takes_the_place_of_bf16(tmp_path, text, flags, expected):
+    """Both together are an error of the Trainer, which the user did not ask for."""
+    path = tmp_path / "config.yaml"
+    path.write_text(text or "fp16_full_eval: false", encoding="utf-8")
+    assert parse_args((Precision,), [str(path), *flags], bf16=True) == (expected,)
+
+
 def test_a_list_is_replaced_not_extended(parse):
     """`--layers 6` would add a layer to those of the file."""
     assert parse("name: x\nlayers: [2, 4]\n", "--layers", "6")[0].layers == [6]

@@ -1,7 +1,9 @@
 """What two processes must give: the result of one. Each test starts two real gloo processes."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -102,7 +104,9 @@ def test_a_sharded_teacher_says_the_same(tmp_path):
     """Under FSDP2 a whole teacher on each GPU takes the room that sharding the student made."""
     launch(SCRIPT.with_name("shard_teacher.py"), tmp_path)
     for rank in range(2):
-        for found in json.loads((tmp_path / f"shares_{rank}.json").read_text()):
+        of_models = json.loads((tmp_path / f"shares_{rank}.json").read_text())
+        assert len(of_models) == 3
+        for found in of_models:
             assert found == {"is_equal": True, "share": pytest.approx(0.5, abs=0.05), "hash": True}
 
 
@@ -165,13 +169,19 @@ def test_two_machines_are_two_processes(tmp_path, under_ddp):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    machines = []
-    for rank in range(2):
+    machines, logs = [], [tmp_path / f"machine_{rank}.txt" for rank in range(2)]
+    for rank, log in enumerate(logs):
         command = launch_command("ddp_two_machines.yaml", TRAIN_AND_RESUME, tmp_path, "whole")
         options = {"num_processes": 2, "machine_rank": rank, "main_process_ip": "127.0.0.1", "main_process_port": port}
         command[3:3] = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        machines.append(subprocess.Popen(command, env=launch_environment(), stderr=subprocess.PIPE, text=True))
-    errors = [machine.communicate(timeout=400)[1] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], "".join(error[-3000:] for error in errors)
+        with log.open("w") as file:
+            machines.append(subprocess.Popen(command, env=launch_environment(), stderr=file, start_new_session=True))
+    try:
+        codes = [machine.wait(timeout=200) for machine in machines]
+    finally:
+        for machine in machines:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(machine.pid, signal.SIGKILL)
+    assert codes == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
     whole, resumed = read_training(tmp_path)
     assert resumed == whole == under_ddp

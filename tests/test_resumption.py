@@ -261,6 +261,7 @@ def test_callbacks_are_restored(teacher, student, collator, make_args):
     again = make_args(**saving, restore_callback_states_from_checkpoint=True)
     resumed, _ = train(student, teacher, again, collator, resume=checkpoint)
     assert torch.equal(weights(resumed.model), weights(whole.model))
+    assert resumed.resume_notes.steps == [2]
 
 
 def test_what_a_killed_run_left_is_not_saved_with_the_model(teacher, student, collator, make_args):
@@ -271,6 +272,7 @@ def test_what_a_killed_run_left_is_not_saved_with_the_model(teacher, student, co
     left.parent.mkdir(parents=True)
     left.touch()
     (output / "model-00001-of-00002.safetensors").touch()  # of a larger model that was saved here
+    (output / "model_v1.safetensors").touch()  # of the user, and loaded by nobody
     trainer.save_model()
     assert get_last_checkpoint(output) is None and not left.exists()
-    assert [path.name for path in output.glob("*.safetensors")] == ["model.safetensors"]
+    assert sorted(path.name for path in output.glob("*.safetensors")) == ["model.safetensors", "model_v1.safetensors"]

@@ -130,8 +130,9 @@ class Teacher:
         from torch.distributed.fsdp import fully_shard
 
         self._weights = self.weights  # of the whole
-        blocks = [block for module in self.model.modules() if isinstance(module, nn.ModuleList) for block in module]
-        for module in (*blocks, self.model):
+        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
+        blocks = [block for blocks in lists for block in blocks if not isinstance(block, nn.ModuleList)]
+        for module in (*reversed(blocks), self.model):  # inner ones before those that hold them
             fully_shard(module, reshard_after_forward=True)
 
     @torch.no_grad()

@@ -16,10 +16,10 @@ output = Path(sys.argv[1])
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 found = []
-for autocast_dtype in (None, torch.bfloat16):
-    teachers = [
-        Teacher(make_model(seed=1), make_model(seed=1).config, autocast_dtype=autocast_dtype) for _ in range(2)
-    ]
+# ALBERT's blocks hold blocks.
+for family, autocast_dtype in (("bert", None), ("bert", torch.bfloat16), ("albert", None)):
+    models = [make_model(family=family, seed=1) for _ in range(2)]
+    teachers = [Teacher(model, model.config, autocast_dtype=autocast_dtype) for model in models]
     sharded, whole = teachers
     sharded.shard()
     ids = torch.randint(5, 60, (2 + rank, 7), generator=torch.Generator().manual_seed(rank))
