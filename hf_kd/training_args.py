@@ -88,7 +88,8 @@ class DistillationTrainingArguments(TrainingArguments):
         teacher_dtype (`str`, *optional*): Dtype the teacher runs in; by default the one it is loaded in, under the
             run's autocast.
         teacher_labels (`list[str]`, *optional*): Names of the classes of `teacher_logits` and `teacher_probs` in their
-            order, where these columns of the dataset are lists that do not come from [`cache_teacher_signals`].
+            order, where these columns of the dataset are lists that do not come from [`cache_teacher_signals`]. A
+            `ClassLabel` column `teacher_labels` in the dataset says it as well.
         freeze_embeddings (`bool`, *optional*, defaults to `False`): Whether the student's embeddings keep the weights
             they start with: a third of a small student's step on a CPU goes into that table.
         on_nonfinite (`str`, *optional*, defaults to `"error"`): What to do with a step whose loss or gradient is NaN

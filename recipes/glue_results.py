@@ -4,8 +4,8 @@ python recipes/glue_results.py [--tasks sst2 mrpc] [--seeds 1 2 3] [--glue_dir g
 
 For each task: fine-tune a teacher; for each seed distil it with the task's configuration, train the same student
 without it, export the student to int8 and measure it. Then a paired bootstrap over the dev rows, one results file, its
-plot, and the model cards of the first seed's students. Every step is a recipe, printed and run as you would run it;
-what is complete is not run again, so that a call that was stopped goes on with another.
+plot, and the model cards of the first seed's students with their pictures. Every step is a recipe, printed and run as
+you would run it; what is complete is not run again, so that a call that was stopped goes on with another.
 
 Other flags belong to the recipes, by their names: those about data to all of them (`--max_seq_length 64`), those of
 export_onnx.py to the measured export (`--benchmark_rounds 4`), those of `TrainingArguments` to all trainings
@@ -37,7 +37,7 @@ from transformers import TrainingArguments
 
 from hf_kd.deploy.model_card import card_problems_warn, write_model_card
 from hf_kd.deploy.report import require_matplotlib
-from hf_kd.files import write_whole
+from hf_kd.files import whole_file, write_whole
 from hf_kd.glue import GLUE_TASKS, TextTask
 from hf_kd.results import describe_command, format_table, read_results, write_results
 from hf_kd.significance import paired_bootstrap
@@ -347,7 +347,22 @@ def publish(task: str, part: dict[str, Any], args: argparse.Namespace) -> None:
     with card_problems_warn():
         card = write_model_card(folder, **facts)
         args.cards_dir.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(card, args.cards_dir / f"{task}.md")
+        copy_card(card, args.cards_dir / f"{task}.md")
+
+
+def copy_card(card: Path, copy: Path) -> None:
+    """A card under another name, with its picture beside it under that name too: all tasks' cards share a folder."""
+    from PIL import Image  # it comes with matplotlib
+
+    text, picture = card.read_text(encoding="utf-8"), copy.with_suffix(".png")
+    link = "](pareto.png)"
+    if link in text:
+        with whole_file(picture) as beside, Image.open(card.with_name("pareto.png")) as image:
+            # Repositories hold these: with a palette for its few colours a drawing has a third of the bytes.
+            image.convert("RGB").quantize(64).save(beside, format="PNG", optimize=True)
+    else:
+        picture.unlink(missing_ok=True)
+    write_whole(copy, text.replace(link, f"]({picture.name})"))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ class HubClient:
         environment = {
             "HF_ENDPOINT": endpoint,
             "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets would tell another server
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HOME": str(home),
@@ -120,6 +122,19 @@ def download(repo_id: str, filename: str, **kwargs: Any) -> str:
     from huggingface_hub import hf_hub_download
 
     return hf_hub_download(repo_id, filename, **kwargs)
+
+
+def push_rows(rows: Any, repo_id: str, **kwargs: Any) -> str:
+    """The commit's id."""
+    return rows.push_to_hub(repo_id, **kwargs).oid
+
+
+def load_rows(repo_id: str, **kwargs: Any) -> Any:
+    """The training rows of a dataset."""
+    import datasets
+
+    datasets.config.USE_PARQUET_EXPORT = False  # it would ask a service of the Hub on another server
+    return datasets.load_dataset(repo_id, split="train", **kwargs)
 
 
 def torch_logits(name: str, texts: list[str], **kwargs: Any) -> list[list[float]]:

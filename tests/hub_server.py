@@ -1,9 +1,10 @@
 """A small Hub: an HTTP server that speaks the protocol of huggingface.co, as the clients 0.36 and 2.x use it.
 
-Models alone, all in memory: creating, LFS (basic uploads), atomic commits, branches, private and gated repositories,
-read and write tokens, downloads. Left out: datasets and Spaces, pull requests, multipart uploads (for files above some
-gigabytes), and Xet, a storage with a binary protocol of its own: clients 2.x upload through it without asking, so
-`HubClient` sets HF_HUB_DISABLE_XET=1, and what is left is LFS.
+Models and datasets, all in memory: creating, LFS (basic uploads), atomic commits, branches, private and gated
+repositories, read and write tokens, downloads. A dataset is the repository `datasets/OWNER/NAME` of `HubServer.repos`,
+as in the addresses of its files. Left out: Spaces, pull requests, multipart uploads (for files above some gigabytes),
+and Xet, a storage with a binary protocol of its own: clients 2.x upload through it without asking, so `HubClient` sets
+HF_HUB_DISABLE_XET=1, and what is left is LFS.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
-LFS_SUFFIXES = (".bin", ".msgpack", ".onnx", ".pt", ".safetensors", ".zip")
+LFS_SUFFIXES = (".bin", ".msgpack", ".onnx", ".parquet", ".pt", ".safetensors", ".zip")
 # What may happen to a request: the connection breaks before or after the server acted on it, halfway through the
 # answer, or the server fails.
 Fault = Literal["reset", "lost", "truncated", "error"]
@@ -85,12 +86,21 @@ class Repo:
             sha = commit.parent
         return commits
 
+    @property
+    def name(self) -> str:
+        """With its owner, as the client calls it."""
+        return self.repo_id.removeprefix("datasets/")
+
 
 @dataclass(frozen=True)
 class User:
     name: str
     organizations: tuple[str, ...] = ()
     can_write: bool = True
+
+    def is_member(self, repo_id: str) -> bool:
+        """Whether a repository is the user's, or of an organization of theirs."""
+        return repo_id.removeprefix("datasets/").split("/")[0] in (self.name, *self.organizations)
 
 
 class HubError(Exception):
@@ -162,21 +172,22 @@ class HubServer:
     def create_repo(self, body: dict[str, Any], user: User | None) -> Any:
         if user is None:
             raise HubError(401, "Invalid username or password.")
-        repo_id = f"{body.get('organization') or user.name}/{body['name']}"
+        name, kind = f"{body.get('organization') or user.name}/{body['name']}", body.get("type") or "model"
+        repo_id = f"datasets/{name}" if kind == "dataset" else name
         if not self.may_write(repo_id, user):
-            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{repo_id}"')
-        answer = {"url": f"{self.endpoint}/{repo_id}", "name": repo_id, "id": repo_id}
+            raise HubError(403, f'You don\'t have the rights to create a {kind} under the namespace "{name}"')
+        answer = {"url": f"{self.endpoint}/{repo_id}", "name": name, "id": name}
         if repo_id in self.repos:
-            raise HubError(409, json.dumps({"error": "You already created this model repo", **answer}))
+            raise HubError(409, json.dumps({"error": f"You already created this {kind} repo", **answer}))
         self.create(repo_id, private=body.get("private", body.get("visibility") == "private"))
         return answer
 
     def may_write(self, repo_id: str, user: User | None) -> bool:
-        return user is not None and user.can_write and repo_id.split("/")[0] in (user.name, *user.organizations)
+        return user is not None and user.can_write and user.is_member(repo_id)
 
     def readable(self, repo_id: str, user: User | None) -> Repo:
         repo = self.repos.get(repo_id)
-        is_member = user is not None and repo_id.split("/")[0] in (user.name, *user.organizations)
+        is_member = user is not None and user.is_member(repo_id)
         if repo is None or (repo.private and not is_member):
             # As the Hub does: nobody learns whether a repository exists that is not theirs to see.
             status, message = (401, "Invalid username or password.") if user is None else (404, "Repository not found")
@@ -200,7 +211,7 @@ class HubServer:
     def info(self, repo: Repo, revision: str) -> Any:
         sha = self.revision(repo, revision)
         siblings = [{"rfilename": name} for name in sorted(repo.commits[sha].files)]
-        return {"id": repo.repo_id, "modelId": repo.repo_id, "sha": sha, "private": repo.private, "tags": []} | {
+        return {"id": repo.name, "modelId": repo.name, "sha": sha, "private": repo.private, "tags": []} | {
             "gated": repo.gated and "auto",
             "siblings": siblings,
         }
@@ -320,18 +331,19 @@ def _make_handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
 
 # Kind, method, path. The groups are: repository, revision, what else there is.
-_NAME = r"(?P<repo>[^/]+/[^/]+?)"
+_NAME = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+?)"
+_API = rf"/api/(?:models/|(?=datasets/)){_NAME}"
 _ROUTES = [
     ("whoami", "GET", r"/api/whoami-v2"),
     ("create", "POST", r"/api/repos/create"),
     ("validate", "POST", r"/api/validate-yaml"),
-    ("info", "GET", rf"/api/models/{_NAME}(/revision/(?P<revision>[^/]+))?"),
-    ("tree", "GET", rf"/api/models/{_NAME}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?"),
-    ("paths", "POST", rf"/api/models/{_NAME}/paths-info/(?P<revision>[^/]+)"),
-    ("refs", "GET", rf"/api/models/{_NAME}/refs"),
-    ("branch", "POST", rf"/api/models/{_NAME}/branch/(?P<revision>[^/]+)"),
-    ("preupload", "POST", rf"/api/models/{_NAME}/preupload/(?P<revision>[^/]+)"),
-    ("commit", "POST", rf"/api/models/{_NAME}/commit/(?P<revision>[^/]+)"),
+    ("info", "GET", rf"{_API}(/revision/(?P<revision>[^/]+))?"),
+    ("tree", "GET", rf"{_API}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?"),
+    ("paths", "POST", rf"{_API}/paths-info/(?P<revision>[^/]+)"),
+    ("refs", "GET", rf"{_API}/refs"),
+    ("branch", "POST", rf"{_API}/branch/(?P<revision>[^/]+)"),
+    ("preupload", "POST", rf"{_API}/preupload/(?P<revision>[^/]+)"),
+    ("commit", "POST", rf"{_API}/commit/(?P<revision>[^/]+)"),
     ("batch", "POST", rf"/{_NAME}\.git/info/lfs/objects/batch"),
     ("verify", "POST", rf"/{_NAME}/lfs-verify"),
     ("upload", "PUT", r"/cdn/(?P<oid>\w+)"),

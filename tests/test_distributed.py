@@ -185,3 +185,89 @@ def test_two_machines_are_two_processes(tmp_path, under_ddp):
     assert codes == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
     whole, resumed = read_training(tmp_path)
     assert resumed == whole == under_ddp
+
+
+# Numbers that go wrong in the rows of one process
+
+
+TRAIN_NONFINITE = SCRIPT.with_name("train_nonfinite.py")
+
+
+def run_processes(folder, processes):
+    """What each process wrote, its exit code and its errors. No launcher ends the one that waits for another."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(processes):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **ranks} if processes > 1 else {}
+        environment = launch_environment() | {name: str(value) for name, value in rendezvous.items()}
+        command = [sys.executable, str(TRAIN_NONFINITE), str(folder), str(processes)]
+        with (folder / f"log_{rank}.txt").open("w") as log:
+            running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [running[0].wait(timeout=300), *(process.wait(timeout=60) for process in running[1:])]
+    finally:
+        for process in running:
+            process.kill()
+    logs = [(folder / f"log_{rank}.txt").read_text() for rank in range(processes)]
+    assert all((folder / f"found_{rank}.json").is_file() for rank in range(processes)), logs[-1][-3000:]
+    return [json.loads((folder / f"found_{rank}.json").read_text()) for rank in range(processes)], codes, logs
+
+
+@pytest.fixture(scope="module")
+def nonfinite(tmp_path_factory):
+    return run_processes(tmp_path_factory.mktemp("nonfinite") / "two", 2)
+
+
+def test_a_bad_row_of_one_process_stops_both(nonfinite):
+    """The other process would make the step and wait for this one in the next: for minutes, or for ever."""
+    (found, _), codes, logs = nonfinite
+    assert codes[0] not in (0, None) and codes[1] not in (0, None)
+    for log in logs:
+        error = log.rpartition("FloatingPointError: ")[2]
+        assert error.startswith("the loss is not finite in step 2: logit_loss=nan, hidden_loss=nan; rows ")
+        rows = error.partition("rows ")[2].partition(" of train_dataset")[0].split(", ")
+        assert len(rows) == 4 and str(found["row"]) in rows  # of the process that has it
+
+
+def test_a_bad_row_of_one_process_is_left_out_of_both(nonfinite, tmp_path):
+    """Left out by one of them alone, both would train different students from then on."""
+    two, _, _ = nonfinite
+    (one,), _, _ = run_processes(tmp_path / "one", 1)
+    assert two[0]["row"] == one["row"]
+    for found in two:
+        assert found["a row, left out"] == two[0]["a row, left out"]
+        found, expected = found["a row, left out"], one["a row, left out"]
+        assert found["error"] is None and found["skipped"] == expected["skipped"]
+        assert found["skipped"][:3] == [0, 1, 1] and found["skipped"][-1] == 2  # once in each epoch
+        assert found["weights"] == pytest.approx(expected["weights"], abs=2e-6)
+        assert found["projections"] == pytest.approx(expected["projections"], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("term", "said"),
+    [
+        ("value_alone", "the loss is not finite in step 2: value_alone=inf; rows "),
+        ("root", "the gradient is not finite in step 2: root; rows "),
+    ],
+)
+def test_a_bad_term_of_one_process_is_known_to_both(nonfinite, term, said):
+    """A value without its gradient is seen by one process alone, a gradient without its value by both."""
+    two, _, _ = nonfinite
+    for found in two:
+        assert said in found[term]["error"] and found[term] == two[0][term] and found[term]["steps"] == 1
+        left_out = found[f"{term}, left out"]
+        assert left_out == two[0][f"{term}, left out"] and left_out["is_finite"] and left_out["error"] is None
+        assert left_out["skipped"] == [0, 1, 1, 1, 1, 1]
+
+
+def test_zeros_stop_where_all_processes_have_them(nonfinite):
+    """One process can have rows that teach nothing; stopped by it alone, the other would wait for ever."""
+    two, _, _ = nonfinite
+    for found in two:
+        assert found["zero_in_the_last"]["error"] is None and found["zero_in_the_last"]["steps"] == 102
+        assert "zero is exactly 0 in the last 50 steps, up to step 50:" in found["zero"]["error"]
+        assert found["zero"]["steps"] == 49

@@ -225,11 +225,34 @@ def test_the_card_tells_of_all_seeds(finished):
     """The card of one seed would show its luck."""
     folder, _, _ = finished
     card = (folder / "cards" / "sst2.md").read_text(encoding="utf-8")
-    assert card == (folder / "work" / "sst2" / "student-seed1" / "README.md").read_text(encoding="utf-8")
+    own = (folder / "work" / "sst2" / "student-seed1" / "README.md").read_text(encoding="utf-8")
+    assert card.replace("](sst2.png)", "](pareto.png)") == own
     rows = read_results(folder / "results" / "glue.json")["rows"]
     means = [100 * row["metrics"]["validation"]["accuracy"] for row in rows if row["role"] == "student"]
     assert f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}" in card
     assert "someone/sst2-student" in card and "paired bootstrap" in card and str(folder) not in card
+
+
+def test_the_card_has_its_picture_beside_it(finished, tmp_path):
+    """A reader would see a broken image, that of another task's student, or that of an export which is gone."""
+    from PIL import Image, ImageChops
+
+    folder, _, _ = finished
+    student, copied = folder / "work" / "sst2" / "student-seed1", folder / "cards" / "sst2.png"
+    card = (folder / "cards" / "sst2.md").read_text(encoding="utf-8")
+    assert card.count("](sst2.png)") == 1 and "pareto.png" not in card
+    assert sorted(path.name for path in (folder / "cards").iterdir()) == ["sst2.md", "sst2.png"]
+    with Image.open(student / "pareto.png") as drawn, Image.open(copied) as shown:
+        difference = ImageChops.difference(drawn.convert("L"), shown.convert("L"))
+        assert drawn.size == shown.size and difference.getextrema()[1] < 40
+    assert copied.stat().st_size < 60_000 and copied.stat().st_size < (student / "pareto.png").stat().st_size
+
+    module = importlib.import_module("glue_results")
+    (tmp_path / "README.md").write_text("# Without a picture\n", encoding="utf-8")
+    (tmp_path / "rte.png").write_bytes(b"of the export before")
+    module.copy_card(tmp_path / "README.md", tmp_path / "rte.md")
+    assert (tmp_path / "rte.md").read_text(encoding="utf-8") == "# Without a picture\n"
+    assert not (tmp_path / "rte.png").exists()
 
 
 def test_a_second_call_runs_nothing(finished):

@@ -1,11 +1,15 @@
 """Teachers and students that are names on the Hub, with revisions and tokens; the recipe that publishes its own."""
 
 import json
+import re
+import shlex
 
 import pytest
+import torch
 from conftest import make_model
-from hub_client import ClientError, HubClient, export, load_layers, run_main, torch_logits, train
+from hub_client import ClientError, HubClient, export, load_layers, onnx_scores, run_main, torch_logits, train
 from hub_server import HubServer, User
+from test_distributed import ROOT
 from test_recipes import NAMES, QUICK, write_rows
 
 from hf_kd.results import read_results
@@ -123,6 +127,54 @@ def test_the_recipe_distils_names_and_publishes_one_student(client, server, tmp_
     assert published == expected | {"README.md", "results.json"}
     assert json.loads(repo.files()["results.json"])["rows"] == read_results(output / "results.json")["rows"]
     assert client(torch_logits, "team/new", TEXTS, login=TOKEN) == torch_logits(str(output), TEXTS)
+
+
+@pytest.mark.one_leg
+def test_the_readmes_commands_end_in_a_published_student(client, server, models, tmp_path, data):
+    """Each takes what the one before it left; who follows the README would be the first to run all three."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("matplotlib")
+    data = data[2:]  # the task is the README's
+    # Weights at random may lose any number of rows in int8.
+    export_flags = ["--max_metric_drop", "1", "--benchmark_lengths", "16", "--benchmark_threads", "1"]
+    export_flags += ["--benchmark_rounds", "1", "--benchmark_seconds", "0.001"]
+    expected = [
+        ("accelerate launch recipes/glue_distill.py", "glue_distill", [*QUICK, *data]),
+        ("python recipes/export_onnx.py", "export_onnx", [*data, *export_flags]),
+        ("python -m hf_kd.deploy.hub", "hf_kd.deploy.hub", []),
+    ]
+    section = (ROOT / "README.md").read_text().partition("\n## Cards and the Hub\n")[2].partition("\n## ")[0]
+    block = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "sst2-teacher").symlink_to(models / "teacher")
+    here = {" runs/": f" {tmp_path}/runs/", " recipes/configs/": f" {ROOT}/recipes/configs/", " my-name/": " me/"}
+    for command, (program, module, quick_flags) in zip(block.splitlines(), expected, strict=True):
+        assert command.startswith(f"{program} ")
+        flags = command.removeprefix(program)
+        for name, place in here.items():
+            flags = flags.replace(name, place)
+        printed = client(run_main, module, *shlex.split(flags), *quick_flags, login=TOKEN)
+    repo = server.repos["me/sst2-student"]
+    assert printed == f"{server.endpoint}/me/sst2-student/commit/{repo.branches['main']}\n"
+
+    files = repo.files()
+    onnx_files = {"onnx/model.onnx", "onnx/model_quantized.onnx"}
+    assert set(files) - {"special_tokens_map.json", "vocab.txt"} == {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *(*onnx_files, "onnx/export_report.json"),
+        *("README.md", "results.json", "report.md", "pareto.png"),
+    }
+    card = files["README.md"].decode()
+    assert "](pareto.png)\n" in card and files["pareto.png"].startswith(b"\x89PNG\r\n\x1a\n")
+    table = card.partition("\n## ONNX files\n")[2].partition("\n## ")[0]
+    measured = re.findall(r"\| `(.*?)` \|.*\| \d+\.\d\d / \d+\.\d\d \| \d+\.\dx \|\n", table)  # p50 / p95, speed-up
+    assert set(measured) == onnx_files
+
+    scores, indices = torch.tensor(client(torch_logits, "me/sst2-student", TEXTS)).softmax(dim=-1).max(dim=-1)
+    answers = client(onnx_scores, "me/sst2-student", TEXTS)
+    assert [answer["label"] for answer in answers] == [NAMES["id2label"][index] for index in indices.tolist()]
+    # Int8 is off by 0.003 at most, the two texts are 0.06 apart.
+    assert [answer["score"] for answer in answers] == pytest.approx(scores.tolist(), abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -116,15 +116,17 @@ def test_precision_of_the_training(tmp_path, monkeypatch, flags, precision):
 
 @pytest.mark.distributed
 def test_two_processes(tmp_path, monkeypatch, flags):
-    """Both write the cache and both read all of it."""
+    """Each writes shards of its own, and both read all of them."""
     ((name, value),) = length_grouping(False).items()
     flags += [f"--{name}", str(value)]  # groups of one process are not those of two
     alone = ["--per_device_train_batch_size", "4", "--output_dir", tmp_path / "one"]
     run(monkeypatch, "glue_distill", *flags, *alone)
     two = ["--per_device_train_batch_size", "2", "--cache_teacher", tmp_path / "cache", "--output_dir"]
-    launch(ROOT / "recipes" / "glue_distill.py", *flags, *two, tmp_path / "two", processes=2)
+    script = ROOT / "tests" / "scripts" / "distill_in_small_shards.py"
+    launch(script, *flags, *two, tmp_path / "two", processes=2)
     assert_same_run(tmp_path / "two", tmp_path / "one", processes=2)
-    assert len(list((tmp_path / "cache").glob("shard-*.arrow"))) == 1
+    names = sorted(path.name for path in (tmp_path / "cache").glob("shard-?.*"))
+    assert names == ["shard-0.rank-0", "shard-1.rank-1", "shard-2.rank-0", "shard-3.rank-1"]
 
 
 def test_what_cannot_be_cached(tmp_path, monkeypatch, tokenizer, flags):

@@ -62,8 +62,10 @@ def test_killed_while_saving(killed, point, last):
 
 
 def assert_goes_on(found, whole, last):
-    """A run that began anew would end with the same."""
+    """To the last bit. A run that began anew would end with the same."""
     resumed, expected = found["resumed"], whole
+    digests = [expected["found"][name] for name in ("weights", "projections", "optimizer")]
+    assert len(set(digests)) == 3 and {len(digest) for digest in digests} == {64}
     assert resumed["found"].pop("at") == [int(last.rpartition("-")[2])]
     assert resumed == {**expected, "found": {key: x for key, x in expected["found"].items() if key != "at"}}
 

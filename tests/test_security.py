@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -35,9 +36,6 @@ from hf_kd.masked_lm import load_masked_lm
 from hf_kd.results import describe_command
 from hf_kd.signals import Wanted
 from hf_kd.signals.teacher import load_teacher, load_teacher_tokenizer
-
-
-# Pickle
 
 
 class Bomb:
@@ -597,13 +595,13 @@ TOKEN = "hf_" + "SecretTokenOfAlice" * 2
 HOST, USER, HOME = "host-of-alice", "user-alice", "home-of-alice"
 STARTS = """
 import os, platform, socket
-
-
-pytestmark = pytest.mark.one_leg
 socket.gethostname = platform.node = lambda: {host!r}
 uname = os.uname()
 os.uname = lambda: os.uname_result((uname[0], {host!r}, *uname[2:]))
 """
+ASKS = "import os, platform, socket; print(socket.gethostname(), platform.node(), os.uname().nodename)"
+# Names of machines that stand in files for other reasons, as short ones do by chance.
+COMMON_HOSTS = {"localhost", "ubuntu", "debian", "fedora", "docker", "python"}
 
 
 @pytest.fixture(scope="module")
@@ -632,15 +630,17 @@ def written(tmp_path_factory, tokenizer):
         "HF_DATASETS_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join([str(start), *sys.path]),
     }
-    done = subprocess.run(
-        [sys.executable, ROOT / "recipes" / "glue_distill.py", *map(str, flags)],
-        env=environment,
-        cwd=home,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    options = {"env": environment, "cwd": home, "capture_output": True, "text": True}
+    command = [sys.executable, ROOT / "recipes" / "glue_distill.py", *map(str, flags)]
+    for words in ([sys.executable, "-c", ASKS], command):
+        done = subprocess.run(words, **options)
+        assert done.returncode == 0, done.stderr
+        assert "sitecustomize" not in done.stderr  # python says what failed there, and goes on with the real name
+        assert words is command or done.stdout.split() == [HOST] * 3
     words = [TOKEN, HOST, USER, HOME, str(ROOT), sys.prefix, str(Path.home())]
+    real_host = socket.gethostname()
+    if len(real_host) > 5 and real_host.partition(".")[0] not in COMMON_HOSTS:
+        words.append(real_host)
     return output, [word for word in words if len(word) > 1]
 
 

@@ -1,8 +1,13 @@
 """The rules that a distillation run keeps (design: drop-in, invariant, frozen teacher, projections, one gradient
 path)."""
 
+import gc
 import os
+import shutil
+import sysconfig
+import weakref
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -404,6 +409,49 @@ def test_training_step_does_not_wait_for_the_device(student, teacher, collator, 
     assert loss.requires_grad and calls == []
 
 
+@pytest.mark.parametrize("width", [32, 16])
+def test_what_was_read_is_freed_with_the_step(teacher, collator, make_args, width):
+    """Kept until the next step, or until the garbage collector comes by, the layers of both models take twice the
+    room, and where one batch fitted the second does not."""
+    student = make_model(seed=2, num_hidden_layers=2, hidden_size=width)
+    args = make_args(relation_loss_weight=0.5, **ALL_TERMS)
+    trainer = DistillationTrainer(
+        student, args, teacher_model=teacher, train_dataset=make_dataset(), data_collator=collator
+    )
+    trainer.create_optimizer_and_scheduler(num_training_steps=4)
+    read = []
+
+    def watch(capture):
+        original = capture.signals
+
+        def signals(*inputs):
+            found = original(*inputs)
+            kinds = (found.hidden, found.queries, found.keys, found.values)
+            assert all(kinds)
+            tensors = [found.logits, *(tensor for kind in kinds for tensor in kind.values())]
+            read.extend(map(weakref.ref, tensors))
+            read.extend(weakref.ref(tensor._base) for tensor in tensors if tensor._base is not None)
+            return found
+
+        capture.signals = signals
+
+    watch(trainer.capture)
+    watch(trainer.teacher.capture)
+    alive = []
+    add = trainer.numerics.add
+    trainer.numerics.add = lambda *parts: (alive.extend(ref() is not None for ref in read), add(*parts))
+    batches, counts = trainer.get_batch_samples(iter([collator(make_dataset(8).to_list())]), 1, args.device)
+    gc.collect()
+    gc.disable()
+    try:
+        loss = trainer.training_step(trainer.model, batches[0], counts)
+        left = [ref() for ref in read if ref() is not None]
+    finally:
+        gc.enable()
+    assert loss.isfinite() and len(alive) >= 20 and sum(alive) >= 10  # those of the teacher are free already
+    assert left == []
+
+
 def test_compute_loss_func_replaces_the_task_loss(student, teacher, collator, make_args):
     """`compute_loss_func` is the Trainer's own way to another task loss, and must keep working with a teacher."""
 
@@ -592,6 +640,31 @@ def test_compiled_models_give_the_same_loss(student, teacher, collator, make_arg
     assert [log["logit_loss"] for log in found.logs if "loss" in log] == pytest.approx(
         [log["logit_loss"] for log in expected.logs if "loss" in log], abs=1e-4
     )
+
+
+def has_cpp_compiler():
+    """What inductor needs to compile for a CPU: the compiler, and the header of Python."""
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return shutil.which(os.environ.get("CXX", "g++")) is not None and header.is_file()
+
+
+@pytest.mark.one_leg
+@pytest.mark.skipif(not has_cpp_compiler(), reason="install a C++ compiler and the headers of Python")
+def test_code_of_the_default_compiler_gives_the_same_loss(collator, make_args, monkeypatch, tmp_path):
+    """What `torch_compile=True` alone runs is inductor's code; the eager backend generates none."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # else an earlier run's code is tried
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    student, teacher = (make_model(seed=seed, num_hidden_layers=1) for seed in (2, 1))
+    data = make_dataset(lengths=(9, 9))  # of several lengths all is compiled twice
+    args = {"logit_loss_weight": 0.9, "task_loss_weight": 0.1, "max_steps": 2, **SGD}
+    _, expected = train(student, teacher, make_args(**args), collator, data)
+    _, found = train(student, teacher, make_args(**args, torch_compile=True), collator, data)
+    assert list((tmp_path / "inductor").rglob("*.so")) != []
+    for name in ("loss", "task_loss", "logit_loss"):
+        losses = [[log[name] for log in record.logs if name in log] for record in (found, expected)]
+        assert len(losses[1]) == 2 and losses[0] == pytest.approx(losses[1], abs=1e-3), name
+    torch.testing.assert_close(found.weights[-1], expected.weights[-1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("term", ["hidden", "attention", "relation"])

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .. import __version__
 from ..checkpoint import has_tokenizer
 from ..files import write_whole
-from ..results import format_table, read_results, write_results
+from ..results import format_table, is_below_chance, read_results, write_results
 from . import FP32_FILE, INT8_FILE, card_text
 from .references import GLUE_TEXTS
 
@@ -339,6 +339,7 @@ class StudentCard:
             "own_metrics": card_text.describe_own_metrics(measured, len(seeds)),
             "comparison": card_text.compare_with_baseline(self.rows, self.comparisons, task),
             "num_teacher_rows": sum((row["role"], row["task"]) == ("teacher", task) for row in self.rows),
+            "is_below_chance": task is not None and is_below_chance(self.rows, task),
             "has_picture": "pareto.png" in self.sizes and bool(self.benchmark),
             "onnx_files": card_text.describe_onnx_files(onnx, self.benchmark) if onnx else "",
             "export": card_text.describe_export(self.export),

@@ -251,7 +251,8 @@ def teachers_of_columns(
             These are read once and checked; of an `IterableDataset` the first 10,000 rows are.
         student_config ([`~transformers.PretrainedConfig`]): The student's config.
         problem (`str`): What the student solves.
-        teacher_labels (sequence of `str`, *optional*): The labels of lists that came from elsewhere, in their order.
+        teacher_labels (sequence of `str`, *optional*): The labels of lists that came from elsewhere, in their order;
+            by default the names of a `datasets.ClassLabel` column `teacher_labels`, if there is one.
 
     Raises:
         ValueError: If the columns do not fit the student, or hold what are no logits or probabilities.
@@ -281,7 +282,9 @@ def teachers_of_columns(
             )
         else:
             column = f"{prefix}{'logits' if 'logits' in of_rows else 'probs'}"
-            source = _source_of_soft_labels(dataset, column, student_config, problem, teacher_labels)
+            # Of what a dataset says about itself, only its features come through Parquet, the Hub and `map`.
+            names = teacher_labels or getattr(features.get(f"{prefix}labels"), "names", None)
+            source = _source_of_soft_labels(dataset, column, student_config, problem, names)
         if source.problem != problem:
             raise ValueError(
                 f"the columns {prefix}... are of a teacher that solves {source.problem}, and the student solves "
@@ -359,7 +362,8 @@ def _label_names(
     if not is_struct and teacher_labels is None:
         raise ValueError(
             f"{column} is a list of numbers, and nothing says which label each is of; pass teacher_labels={wanted} in "
-            "the order of the list, or store a struct of label to number."
+            "the order of the list, or store a struct of label to number, or a datasets.ClassLabel column "
+            f"{column.removesuffix('logits').removesuffix('probs')}labels with these names."
         )
     names = [str(name) for name in (sorted_labels(feature) if is_struct else teacher_labels or ())]
     if sorted(name.casefold() for name in names) != sorted(name.casefold() for name in wanted):

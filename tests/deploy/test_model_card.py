@@ -65,8 +65,12 @@ def rewrite(folder, **changes):
 
 def fixed_metrics(rows):
     """What differs between machines and versions: the figures of a training."""
-    values = {"teacher": 0.9, "baseline": 0.8, "student": 0.85}
-    return [{**row, "metrics": {"validation": {"loss": 0.5, "accuracy": values[row["role"]]}}} for row in rows]
+    values = {("teacher", 0): 0.9, ("teacher", 1): 0.88, ("baseline", None): 0.8, ("student", None): 0.85}
+    found = [values[row["role"], row.get("teacher")] for row in rows]
+    return [
+        {**row, "metrics": {"validation": {"loss": 0.5, "accuracy": value}}}
+        for row, value in zip(rows, found, strict=True)
+    ]
 
 
 def section(text, heading):
@@ -524,6 +528,28 @@ def test_whether_the_difference_is_real(folder, low, high, verdict):
     assert "no test was run of whether that is chance" in rewrite(folder, comparisons=[])
 
 
+def test_a_teacher_below_chance_is_no_measure(folder):
+    """Such a card would boast of keeping 185 % of its teacher."""
+    rows = [{**row, "task": "wnli"} for row in fixed_metrics(read_rows(folder))]
+    values = [0.2, 0.3, 0.5, 0.4]
+    below = [{**row, "metrics": {"validation": {"accuracy": value}}} for row, value in zip(rows, values, strict=True)]
+
+    def retained(text):
+        return [line.split(" | ")[6] for line in text.splitlines() if line.startswith("| wnli |")]
+
+    text = rewrite(folder, rows=below)
+    assert retained(text) == ["", "", ""]
+    assert '"retained" is the share of the teachers\' mean. It is left empty, as that mean is below chance.\n' in text
+    text = rewrite(folder, rows=below[1:])
+    assert retained(text) == ["", "", ""]
+    assert '"retained" is the share of the teacher\'s. It is left empty, as the teacher is below chance.\n' in text
+    # Another encoder may learn the task, and another task's metric may be below one half.
+    text = rewrite(folder, rows=rows)
+    assert retained(text) == ["100.0%", "89.9%", "95.5%"] and "below chance" not in text
+    text = rewrite(folder, rows=[{**row, "task": "cola"} for row in below])
+    assert "| 160.0% |" in text and "below chance" not in text
+
+
 def test_a_training_that_stopped_early(folder):
     """A card of half a training would read as that of a whole one."""
     edited(folder, lambda made: made["training"].update(steps=4))
@@ -637,6 +663,19 @@ def test_every_form_has_its_paper(kind, forms):
     """The card of a new form would credit nobody."""
     missing = {form for form in get_args(forms) if f"{kind}:{form}" not in PAPERS}
     assert missing == ({"cosine"} if kind == "attention" else set())  # that one is of no paper
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("path", sorted(MODEL_CARDS.glob("*.md")), ids=lambda path: path.stem)
+def test_every_picture_of_a_card_is_there(path):
+    """A reader of the repository would see a broken image; every clone bears the weight of those that are there."""
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"!\[[^]]*\]\((.*?)\)", text):
+        assert name == f"{path.stem}.png"
+        picture = (path.parent / name).read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) < 60_000
 
 
 # Snippets

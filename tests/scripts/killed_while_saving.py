@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import VOCAB, make_dataset, make_model, weights
+from conftest import VOCAB, make_dataset, make_model
+from soak import digest, flatten
 from transformers import BertTokenizerFast, DataCollatorWithPadding
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -104,7 +105,13 @@ def train(folder, prepare=None, resume=False, **changes):
         prepare(trainer)
     trainer.train(resume_from_checkpoint=True if resume else None)
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    return {"weights": weights(trainer.model).double().sum().item(), "logs": logs, "at": trainer.resume_notes.steps}
+    return {
+        "weights": digest(trainer.model.state_dict()),
+        "projections": digest(trainer.distillation_objective.state_dict()),
+        "optimizer": digest(flatten(trainer.optimizer.state_dict())),
+        "logs": logs,
+        "at": trainer.resume_notes.steps,
+    }
 
 
 def listing(folder):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 from collections import namedtuple
@@ -14,6 +15,8 @@ import torch
 from accelerate import PartialState
 from conftest import copy_of, make_dataset, make_model
 from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
+from hub_client import ClientError, HubClient, load_rows, push_rows
+from hub_server import HubServer, User
 from test_problem_types import collator_for, make_problem_dataset
 from torch.utils.data import SequentialSampler
 
@@ -519,6 +522,32 @@ def test_a_dataset_like_any_other(tmp_path, make_args, tokenizer, teacher, dtype
     assert type(rows.features)._from_yaml_list(json.loads(json.dumps(card))) == rows.features
 
 
+def test_pushed_and_loaded_by_its_name(tmp_path, make_args, tokenizer, teacher):
+    """Somebody else would train on other numbers than the cache holds, or need a teacher after all. The card has to
+    say the same features of all splits, and names them in public: a path in them would be too."""
+    teacher.save_pretrained(tmp_path / "teacher")
+    loaded = type(teacher).from_pretrained(tmp_path / "teacher")
+    rows = cache_teacher_signals(make_dataset(24), loaded, WANTED, tmp_path / "cache")
+    _, expected = train(make_args, rows, tokenizer, max_steps=1, **ALL_TERMS)
+    token = f"hf_{'m' * 34}"
+    with HubServer({token: User("me")}) as server, HubClient(server.endpoint, tmp_path / "home") as client:
+        client(push_rows, rows, "me/rows", num_shards=2, private=True, login=token)
+        client(push_rows, rows.select(range(8)), "me/rows", split="validation", login=token)
+        with pytest.raises(ClientError, match="DatasetNotFoundError"):
+            client(load_rows, "me/rows")  # before it is in the client's cache
+        found = client(load_rows, "me/rows", login=token)
+    assert server.unknown == server.tokens_on_cdn == []
+    pushed = server.repos["datasets/me/rows"].files()
+    assert sorted(pushed) == [
+        *("README.md", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"),
+        "data/validation-00000-of-00001.parquet",
+    ]
+    assert not any(os.fsencode(tmp_path) in content for content in pushed.values())
+    assert found.features == rows.features and columns_of(found) == columns_of(rows)
+    trainer, losses = train(make_args, found, tokenizer, max_steps=1, **ALL_TERMS)
+    assert type(trainer.teacher) is CachedTeacher and losses == expected
+
+
 def test_no_path_of_the_machine(tmp_path, teacher):
     """Pushed with the dataset, a path tells the user's name."""
     teacher.save_pretrained(tmp_path / "someone" / "best-teacher")
@@ -534,20 +563,29 @@ def test_no_path_of_the_machine(tmp_path, teacher):
     assert cache._portable_config(loaded.config)["_name_or_path"] == "org/name"
 
 
-def make_and_be_killed(rows, teacher, folder):
-    """Killed where the fourth shard is written and not yet renamed."""
-    torch.set_num_threads(1)
+def be_killed_at(number):
+    """Kill this process where it has written that many shards, and not yet renamed the last one."""
     written = []
     original = shards.file_hash
 
     def file_hash(path):
         written.append(path)
-        if len(written) == 4:
+        if len(written) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(path)
 
     shards.file_hash = file_hash
+
+
+def make_and_be_killed(rows, teacher, folder):
+    torch.set_num_threads(1)
+    be_killed_at(4)
     cache_teacher_signals(rows, teacher, WANTED, folder, batch_size=8)
+
+
+def times(folder):
+    """When each file of a finished shard was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*") if path.suffix != ".tmp"}
 
 
 def test_killed_and_started_again(tmp_path, teacher, small_shards):
@@ -569,18 +607,37 @@ def test_killed_and_started_again(tmp_path, teacher, small_shards):
     assert columns_of(found) == columns_of(whole)
 
 
-def make_as_rank(rank, port, rows, teacher, folder):
+def make_as_rank(rank, port, rows, teacher, folder, killed):
     """One of two processes, which finds another licence than the other."""
     torch.set_num_threads(1)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()}, ACCELERATE_USE_CPU="true")
     PartialState._reset_state()
     cache.identify = lambda config: {"license": f"of rank {rank}"}
+    if rank == killed:
+        be_killed_at(2)
     forwards = Forwards(teacher)
     found = cache_teacher_signals(rows, teacher, WANTED, folder, batch_size=8, device="cpu")
     names = found.features["teacher_signals"].names
     (folder / f"rank_{rank}").write_text(json.dumps([forwards.number, names, columns_of(found)]))
     torch.distributed.destroy_process_group()
+
+
+def make_in_two(rows, teacher, folder, killed=None):
+    """The exit codes of both, of which one may be killed at its second shard."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(make_as_rank, rank, port, rows, teacher, folder, killed) for rank in range(2)]
+    for process in processes:
+        process.join(60)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def assert_same_shards(found, expected):
+    assert [path.name for path in found] == [path.name for path in expected]
+    assert [path.read_bytes() for path in found] == [path.read_bytes() for path in expected]
 
 
 @pytest.mark.distributed
@@ -590,20 +647,36 @@ def test_two_processes_make_what_one_does(tmp_path, teacher, small_shards, monke
     rows = make_dataset(36)
     monkeypatch.setattr(cache, "identify", lambda config: {"license": "of rank 0"})
     expected = cache_teacher_signals(rows, teacher, WANTED, tmp_path / "one", batch_size=8)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [start(make_as_rank, rank, port, rows, teacher, tmp_path / "two") for rank in range(2)]
-    for process in processes:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
-    one, two = files(tmp_path / "one"), files(tmp_path / "two")
-    assert len(one) == 5 and [path.name for path in one] == [path.name for path in two]
-    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+    assert make_in_two(rows, teacher, tmp_path / "two") == [0, 0]
+    assert len(files(tmp_path / "one")) == 5
+    assert_same_shards(files(tmp_path / "two"), files(tmp_path / "one"))
     for rank, made in enumerate([3, 2]):
         found = json.loads((tmp_path / "two" / f"rank_{rank}").read_text())
         assert found == [made, expected.features["teacher_signals"].names, columns_of(expected)]
+
+
+@pytest.mark.distributed
+def test_one_of_two_processes_is_killed(tmp_path, teacher, small_shards, monkeypatch):
+    """The other would wait for it as long as a machine is paid for; and what both had finished is kept, whoever goes
+    on: as many processes as before, or one."""
+    rows = make_dataset(36)
+    monkeypatch.setattr(cache, "identify", lambda config: {"license": "of rank 0"})
+    expected = cache_teacher_signals(rows, teacher, WANTED, tmp_path / "undisturbed", batch_size=8)
+    assert make_in_two(rows, teacher, tmp_path / "two", killed=1) == [1, -signal.SIGKILL]
+    kept = times(tmp_path / "two")
+    assert sorted(kept) == [f"shard-0000{index}-of-00005.{kind}" for index in range(3) for kind in ("arrow", "json")]
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+
+    assert make_in_two(rows, teacher, tmp_path / "two") == [0, 0]
+    for rank in range(2):
+        made, _, columns = json.loads((tmp_path / "two" / f"rank_{rank}").read_text())
+        assert made == 1 and columns == columns_of(expected)
+    forwards = Forwards(teacher)
+    alone = cache_teacher_signals(rows, teacher, WANTED, tmp_path / "one", batch_size=8)
+    assert forwards.number == 2 and columns_of(alone) == columns_of(expected)
+    for name in ("two", "one"):
+        assert_same_shards(files(tmp_path / name), files(tmp_path / "undisturbed"))
+        assert kept.items() <= times(tmp_path / name).items()
 
 
 def test_sequential_reading_keeps_the_order(tmp_path, make_args, tokenizer, teacher):

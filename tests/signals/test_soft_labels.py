@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import copy_of, make_dataset, make_model, weights
-from datasets import Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset, load_from_disk
 from transformers import DataCollatorWithPadding
 
 from hf_kd import DistillationObjective, DistillationTrainer, HiddenTerm, LogitTerm
@@ -106,6 +106,36 @@ def test_labels_go_by_name(student, soft, make_args, collator, names, form):
         args = make_args(teacher_labels=given)
         losses.append(loss_of(make_trainer(copy_of(student), rows_with(teacher_probs=stored), args, collator)))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0.0)
+
+
+def test_labels_named_in_the_features(student, soft, make_args, collator, tmp_path):
+    """Whoever gets the rows does not know the order of the list: it has to come with them, whatever way they took."""
+    names = ["so-so", "bad", "good"]
+    values = soft[:, [LABELS.index(name) for name in names]]
+    rows = rows_with(teacher_probs=values.tolist(), teacher_labels=values.argmax(-1).tolist())
+    rows = rows.cast_column("teacher_labels", ClassLabel(names=names))
+    rows.save_to_disk(str(tmp_path / "rows"))
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    read = load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), split="train", cache_dir=str(tmp_path))
+    in_order = rows_with(teacher_probs=soft.tolist())
+    expected = loss_of(make_trainer(copy_of(student), in_order, make_args(teacher_labels=LABELS), collator))
+    for found in (rows, load_from_disk(str(tmp_path / "rows")), read, rows.map(lambda row: {"is_new": True})):
+        args = make_args(remove_unused_columns=False, max_steps=1)
+        trainer = make_trainer(copy_of(student), found, args, collator)
+        torch.testing.assert_close(loss_of(trainer), expected, rtol=1e-6, atol=0.0)
+        trainer.train()  # the column is of no model
+    flagged = make_trainer(student, rows, make_args(teacher_labels=LABELS), collator)
+    assert list(flagged.teacher.config.id2label.values()) == LABELS
+
+
+def test_labels_of_several_teachers_in_the_features(student, soft):
+    """People were shown the answers in one order, and an LLM in another."""
+    columns = {"teacher_0_probs": soft.tolist(), "teacher_1_probs": soft.tolist()}
+    rows = rows_with(**columns, teacher_0_labels=[0] * ROWS, teacher_1_labels=[0] * ROWS)
+    for index, names in enumerate([LABELS, LABELS[::-1]]):
+        rows = rows.cast_column(f"teacher_{index}_labels", ClassLabel(names=names))
+    teachers = teachers_of_columns(rows, student.config, problem_of(student))
+    assert [list(teacher.config.id2label.values()) for teacher in teachers] == [LABELS, LABELS[::-1]]
 
 
 def test_a_probability_of_zero(student, make_args, collator):
