@@ -38,6 +38,9 @@ from hf_kd.signals import Wanted
 from hf_kd.signals.teacher import load_teacher, load_teacher_tokenizer
 
 
+# Pickle
+
+
 class Bomb:
     """Makes a file when it is unpickled."""
 
