@@ -166,7 +166,7 @@ for tag, pattern in _SCALARS.items():
 
 def _asks_for_fp16(words: list[str]) -> bool:
     is_asked = False
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         name, _, value = word.partition("=")
         if name == "--fp16":
             is_asked = (value or following).lower() not in ("false", "f", "no", "n", "0")

@@ -164,6 +164,7 @@ def test_sharded_student_is_that_of_ddp(tmp_path, under_ddp, config, student_cla
     assert whole["teacher_numbers"] == pytest.approx(teacher_share * under_ddp["teacher_numbers"], rel=0.05)
 
 
+@pytest.mark.one_leg
 def test_two_machines_are_two_processes(tmp_path, under_ddp):
     """Each has its own launcher, and a first process of its own."""
     with socket.socket() as free:
@@ -222,6 +223,7 @@ def nonfinite(tmp_path_factory):
     return run_processes(tmp_path_factory.mktemp("nonfinite") / "two", 2)
 
 
+@pytest.mark.one_leg
 def test_a_bad_row_of_one_process_stops_both(nonfinite):
     """The other process would make the step and wait for this one in the next: for minutes, or for ever."""
     (found, _), codes, logs = nonfinite
@@ -233,6 +235,7 @@ def test_a_bad_row_of_one_process_stops_both(nonfinite):
         assert len(rows) == 4 and str(found["row"]) in rows  # of the process that has it
 
 
+@pytest.mark.one_leg
 def test_a_bad_row_of_one_process_is_left_out_of_both(nonfinite, tmp_path):
     """Left out by one of them alone, both would train different students from then on."""
     two, _, _ = nonfinite
@@ -247,6 +250,7 @@ def test_a_bad_row_of_one_process_is_left_out_of_both(nonfinite, tmp_path):
         assert found["projections"] == pytest.approx(expected["projections"], abs=2e-6)
 
 
+@pytest.mark.one_leg
 @pytest.mark.parametrize(
     ("term", "said"),
     [
@@ -264,6 +268,7 @@ def test_a_bad_term_of_one_process_is_known_to_both(nonfinite, term, said):
         assert left_out["skipped"] == [0, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.one_leg
 def test_zeros_stop_where_all_processes_have_them(nonfinite):
     """One process can have rows that teach nothing; stopped by it alone, the other would wait for ever."""
     two, _, _ = nonfinite

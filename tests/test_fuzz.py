@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hf_kd.command_line import _is_on_purpose, parse_args
+from hf_kd.command_line import _is_on_purpose, _Loader, parse_args
 from hf_kd.objective.schedules import Schedule, read_schedule, read_temperature_schedule
 from hf_kd.signals.layers import LayerPair, layer_pairs
 
@@ -243,6 +243,12 @@ RIGHT_VALUES = {
 }
 
 
+class Dumper(yaml.SafeDumper):
+    """Quotes the texts that would be numbers in YAML 1.2, which the recipes read, such as 0E0."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 @cases("yaml_values")
 @given(
     st.fixed_dictionaries({}, optional=RIGHT_VALUES),
@@ -251,10 +257,11 @@ RIGHT_VALUES = {
 @example({"name": "-x", "names": ["a", "b"], "rate": 5e-324}, {})
 @example({"names": ["-x"]}, {})
 @example({"options": {"a": [{"b": None}]}}, {})
+@example({"options": {"0E0": None}}, {})
 def test_values_arrive_as_they_were_written(path, outcomes, right, others):
     """A value of one type would arrive as another, or a list of lists as the text of a list."""
     values = {**right, **others}
-    path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.dump(values, Dumper=Dumper, allow_unicode=True), encoding="utf-8")
     runs = []
     outcomes[refused(lambda: runs.extend(parse_args((Run,), [str(path)])))] += 1
     if not runs:

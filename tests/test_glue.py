@@ -28,6 +28,9 @@ from hf_kd.glue import (
 )
 
 
+pytestmark = pytest.mark.one_leg
+
+
 SINGLE = TextTask("custom", ("text",), ("bad", "good"), ("accuracy", "f1_macro"), "accuracy")
 PAIR = TextTask("custom", ("sentence1", "sentence2"), ("no", "yes"), ("accuracy", "f1_macro"), "accuracy")
 SCORES = TextTask("custom", ("sentence1", "sentence2"), None, ("pearson", "spearmanr"), "combined_score")

@@ -21,6 +21,9 @@ from hf_kd.results import ROLES, describe_run, format_table, read_results
 from hf_kd.significance import paired_bootstrap
 
 
+pytestmark = pytest.mark.one_leg
+
+
 CONFIGS = [path for path in sorted((ROOT / "recipes" / "configs").glob("*.yaml")) if not path.stem.startswith("demo")]
 EMOTION = TextTask("emotion", ("text",), ("anger", "fear", "joy"), ("accuracy", "f1_macro"), "accuracy")
 

@@ -3,11 +3,8 @@ path)."""
 
 import gc
 import os
-import shutil
-import sysconfig
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -640,31 +637,6 @@ def test_compiled_models_give_the_same_loss(student, teacher, collator, make_arg
     assert [log["logit_loss"] for log in found.logs if "loss" in log] == pytest.approx(
         [log["logit_loss"] for log in expected.logs if "loss" in log], abs=1e-4
     )
-
-
-def has_cpp_compiler():
-    """What inductor needs to compile for a CPU: the compiler, and the header of Python."""
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
-    return shutil.which(os.environ.get("CXX", "g++")) is not None and header.is_file()
-
-
-@pytest.mark.one_leg
-@pytest.mark.skipif(not has_cpp_compiler(), reason="install a C++ compiler and the headers of Python")
-def test_code_of_the_default_compiler_gives_the_same_loss(collator, make_args, monkeypatch, tmp_path):
-    """What `torch_compile=True` alone runs is inductor's code; the eager backend generates none."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # else an earlier run's code is tried
-    torch.compiler.reset()
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    student, teacher = (make_model(seed=seed, num_hidden_layers=1) for seed in (2, 1))
-    data = make_dataset(lengths=(9, 9))  # of several lengths all is compiled twice
-    args = {"logit_loss_weight": 0.9, "task_loss_weight": 0.1, "max_steps": 2, **SGD}
-    _, expected = train(student, teacher, make_args(**args), collator, data)
-    _, found = train(student, teacher, make_args(**args, torch_compile=True), collator, data)
-    assert list((tmp_path / "inductor").rglob("*.so")) != []
-    for name in ("loss", "task_loss", "logit_loss"):
-        losses = [[log[name] for log in record.logs if name in log] for record in (found, expected)]
-        assert len(losses[1]) == 2 and losses[0] == pytest.approx(losses[1], abs=1e-3), name
-    torch.testing.assert_close(found.weights[-1], expected.weights[-1], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("term", ["hidden", "attention", "relation"])

@@ -19,6 +19,9 @@ from hf_kd.deploy.benchmark import Variant, benchmark, default_variants, find_la
 from hf_kd.glue import GLUE_TASKS, GlueMetric
 
 
+pytestmark = pytest.mark.one_leg
+
+
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 

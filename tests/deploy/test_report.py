@@ -11,6 +11,9 @@ from hf_kd.deploy import report
 from hf_kd.deploy.report import format_benchmark, plot_pareto, write_report
 
 
+pytestmark = pytest.mark.one_leg
+
+
 pytest.importorskip("matplotlib")
 
 EXPORT = {

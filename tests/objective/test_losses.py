@@ -22,6 +22,9 @@ from torch import Tensor
 from hf_kd.objective import losses
 
 
+pytestmark = pytest.mark.one_leg
+
+
 def test_every_loss_is_tested():
     """A new loss would be trained on without any of the properties below."""
     tested = {name for name in losses.__all__ if any(term.name.startswith(name) for term in TERMS)}

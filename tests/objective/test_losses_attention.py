@@ -8,6 +8,9 @@ from objective.loss_terms import BATCH, HEADS, HIDDEN, LENGTHS, SEQ, make_mask
 from hf_kd.objective import losses
 
 
+pytestmark = pytest.mark.one_leg
+
+
 ATTENTION_LOSSES = [losses.attention_mse, losses.attention_kl, losses.attention_cosine]
 each_loss = pytest.mark.parametrize("loss", ATTENTION_LOSSES, ids=lambda loss: loss.__name__)
 

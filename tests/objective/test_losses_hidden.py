@@ -8,6 +8,9 @@ from objective.loss_terms import BATCH, HIDDEN, LENGTHS, SEQ, gradient, make_mas
 from hf_kd.objective import losses
 
 
+pytestmark = pytest.mark.one_leg
+
+
 def make_states(count: int, hidden: int = HIDDEN) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(BATCH, SEQ, hidden, generator=generator) for _ in range(count)]

@@ -9,6 +9,9 @@ from torch import Tensor
 from hf_kd.objective import losses
 
 
+pytestmark = pytest.mark.one_leg
+
+
 TARGET = torch.tensor(TARGETS)
 
 

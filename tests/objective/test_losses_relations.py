@@ -10,6 +10,9 @@ from objective.loss_terms import HIDDEN, SEQ, gradient, make_mask
 from hf_kd.objective import losses
 
 
+pytestmark = pytest.mark.one_leg
+
+
 def make_vectors(heads: int, size: int, batch: int = 2, seq: int = SEQ) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(heads)
     return tuple(torch.randn(batch, heads, seq, size, generator=generator) for _ in range(3))

@@ -7,6 +7,9 @@ from hf_kd.objective import losses
 from hf_kd.objective.losses import slices
 
 
+pytestmark = pytest.mark.one_leg
+
+
 def vectors(seed, heads=4, size=8, batch=5, seq=7):
     torch.manual_seed(seed)
     return tuple(torch.randn(batch, heads, seq, size) for _ in range(3))

@@ -13,6 +13,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 from hf_kd.objective import losses
 
 
+pytestmark = pytest.mark.one_leg
+
+
 LABELS = torch.tensor([2, -100, 0, 1])
 IS_LABELED = LABELS != -100
 VALUES = torch.tensor([0.5, -100.0, -1.5, 4.0])
