@@ -207,6 +207,7 @@ def test_a_teacher_with_a_tokenizer_of_its_own(make_args, tokenizer, teacher_tok
     assert found["eval_teacher_agreement"] == pytest.approx(equal / 13)
 
 
+@pytest.mark.one_leg
 @pytest.mark.distributed
 def test_two_processes_count_each_row_once(tmp_path):
     """The last batch is filled up with rows from the start: counted twice, they move every metric."""

@@ -427,6 +427,7 @@ print(*statuses)
 """
 
 
+@pytest.mark.one_leg
 @pytest.mark.distributed
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 def test_two_processes_after_one_that_was_killed(tmp_path):

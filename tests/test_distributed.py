@@ -82,6 +82,7 @@ def test_two_processes_equal_one(tmp_path):
     assert len(one["projections"]) == 2 * (16 * 32 + 32)
 
 
+@pytest.mark.one_leg
 def test_two_stages_on_two_processes(tmp_path):
     """In each stage the head or the projections get no gradient from any term, and DDP waits for one of each."""
     stages = {
@@ -140,6 +141,7 @@ def under_ddp(tmp_path_factory):
     return whole
 
 
+@pytest.mark.one_leg
 @pytest.mark.parametrize(
     ("config", "student_class", "teacher_class", "teacher_share"),
     [

@@ -114,6 +114,7 @@ def test_precision_of_the_training(tmp_path, monkeypatch, flags, precision):
     assert (fingerprint["mixed precision"], fingerprint["teacher dtype"]) == expected
 
 
+@pytest.mark.one_leg
 @pytest.mark.distributed
 def test_two_processes(tmp_path, monkeypatch, flags):
     """Each writes shards of its own, and both read all of them."""

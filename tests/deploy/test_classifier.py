@@ -229,6 +229,7 @@ def peak_memory(found):
     return int(re.search(r"^VmHWM:\s+(\d+) kB", found["status"], re.MULTILINE)[1])
 
 
+@pytest.mark.one_leg
 def test_never_imports_torch_nor_needs_its_memory(exported):
     """The small container is the reason for the class: one import of transformers and it holds torch again."""
     export = exported("bert")
