@@ -18,8 +18,9 @@ def test_readme_counts_what_is_tested():
     killed, divided, bad, fuzzed = (line.split(" | ")[-1] for line in table.strip().splitlines()[2:])
     kills = read_results(ROOT / "recipes" / "results" / "soak.json")["kills"]
     total, saving = (sum(row[name] for row in kills) for name in ("kills", "while_saving"))
+    resumed = sum(step > 0 for row in kills for step in row["resumed_at"])
     differ = sum(bool(row["differences"]) for row in kills)
-    assert numbers(killed) == [total, saving, len(kills), differ]
+    assert numbers(killed) == [total, saving, resumed, len(kills), differ]
     assert numbers(divided) == [STEPS, len(OF_ROWS), len(PROBLEM_TYPES)] and set(RUNS) > set(PROBLEM_TYPES[1:])
     assert numbers(bad) == [len(BAD_INPUTS)]
     assert numbers(fuzzed) == [sum(FUZZED.values())]
