@@ -253,11 +253,12 @@ class DistillationTrainer(PublishingTrainer, ResumableTrainer, EvaluatingTrainer
         labels = labels_of(student_inputs, self.problem)
         for name in LABEL_COLUMNS:
             student_inputs.pop(name, None)  # the task term is the objective's
+        progress = self._progress
+        # Before the student runs, which keeps what its backward needs: that stays in the cache, and the peak is lower.
+        teacher = self._teacher_signals(inputs, progress)
         with self.capture:
             outputs = model(**student_inputs, **self.capture.forward_kwargs)
         student = self.capture.signals(outputs, student_inputs)
-        progress = self._progress
-        teacher = self._teacher_signals(inputs, progress)
         task_loss = None
         has_task_term = any(isinstance(term, TaskTerm) for term in self.distillation_objective.terms_on(progress))
         if self.compute_loss_func is not None and has_task_term and has_own_rows(inputs):

@@ -170,8 +170,7 @@ class Worker:
         self.name = variant.name
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(spec["threads"]))
-        # Threads that wait for the next turn must not spin while another process is measured.
-        environment = {**os.environ, **threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("benchmark_training_worker.py"))],
             stdin=subprocess.PIPE,
@@ -239,8 +238,11 @@ def measure(args: BenchmarkArguments, spec: dict[str, Any], length: str) -> list
             stack.push(worker)
         for worker in workers:
             worker.__enter__()
-        for _ in range(args.rounds):
-            for worker in workers:
+        for worker in workers:
+            worker.turn(steps=args.warmup_steps, warmup_steps=0)  # the first steps of a process take far longer
+        for round in range(args.rounds):
+            # To and fro, so that a machine that slows down or speeds up does so for all.
+            for worker in workers if round % 2 == 0 else reversed(workers):
                 turn = worker.turn(steps=steps, warmup_steps=args.warmup_steps)
                 turns.setdefault(worker.name, []).append(turn)
         for worker in workers:

@@ -76,11 +76,45 @@ def test_evaluation_makes_no_gradient(name, mask, monkeypatch):
     for part in ("_divergence", "_squared_error"):
         function = getattr(slices, part)
 
-        def spy(student, constants, needs_gradient, function=function):
+        def spy(student, constants, is_padding, needs_gradient, function=function):
             asked.append(needs_gradient)
-            return function(student, constants, needs_gradient)
+            return function(student, constants, is_padding, needs_gradient)
 
         monkeypatch.setattr(slices, part, spy)
     with torch.no_grad():
         LOSSES[name](vectors(0), vectors(1), mask)
     assert asked and not any(asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision(name, dtype, mask):
+    """Sums over pairs, and their gradients before the division by the number of pairs, overflow float16."""
+    student, teacher = (tuple((x * 60).to(dtype) for x in vectors(seed)) for seed in (0, 1))
+    of_half = [x.requires_grad_() for x in student]
+    of_float = [x.detach().float().requires_grad_() for x in student]
+    values = []
+    for leaves in (of_half, of_float):
+        value = LOSSES[name](leaves, [x.float() if leaves is of_float else x for x in teacher], mask)
+        value.backward()
+        values.append(value.detach())
+    torch.testing.assert_close(*values)
+    for half, full in zip(of_half, of_float, strict=True):
+        if full.grad is not None:
+            torch.testing.assert_close(half.grad, full.grad.to(dtype))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_infinite_padding(name, mask):
+    """0 times inf is NaN, in the value and in every gradient."""
+    student, teacher = vectors(0), vectors(1)
+    values = []
+    for filler in (0.0, float("inf")):
+        filled = [
+            [x.masked_fill(~mask.bool()[:, None, :, None], filler).requires_grad_() for x in side]
+            for side in (student, teacher)
+        ]
+        value = LOSSES[name](*filled, mask)
+        value.backward()
+        values.append((value.detach(), [x.grad for x in filled[0] if x.grad is not None]))
+    torch.testing.assert_close(*values, atol=0, rtol=0)

@@ -39,6 +39,21 @@ def require_mask(mask: Tensor, tensor: Tensor) -> None:
     )
 
 
+def padding_of(mask: Tensor) -> Tensor | None:
+    """Where the padding is, of shape `(batch, seq)`; `None` if there is none, which a CPU sees for free."""
+    is_padding = ~mask.bool()
+    return is_padding if mask.device.type != "cpu" or is_padding.any() else None
+
+
+def zeros_in_padding(tensor: Tensor, is_padding: Tensor | None) -> Tensor:
+    """A tensor of shape `(batch, seq, ...)`, or `(batch, heads, seq, ...)` of four dimensions, in float32, with zeros
+    in the padding, which may hold anything, also inf."""
+    tensor = tensor.float()
+    if is_padding is None:
+        return tensor
+    return tensor.masked_fill(is_padding[:, None, :, None] if tensor.dim() == 4 else is_padding[..., None], 0.0)
+
+
 def denominator(count: Tensor | int, num_items: Tensor | None) -> Tensor:
     """What to divide by: `num_items` where it is given, else the count."""
     # A count divided by the number of processes may lie between 0 and 1: only 0 itself is replaced.

@@ -54,9 +54,8 @@ def attention_vectors_mse(
         "length.",
     )
     require_mask(mask, query)
-    vectors = [valid_vectors(x, mask) for x in (*student, *(x.detach() for x in teacher))]
     count = query.shape[1] * denominator(mask.sum(dim=1).square().sum(), num_items)
-    return sum_of_squared_errors(*vectors) / count
+    return sum_of_squared_errors(student, teacher, mask) / count
 
 
 def attention_mse(
@@ -164,11 +163,6 @@ def _log_attention_pair(
             x.logsumexp(dim=1, keepdim=True) - math.log(x.shape[1]) for x in (log_student, log_teacher)
         )
     return log_student, log_teacher, is_pair
-
-
-def valid_vectors(vectors: Tensor, mask: Tensor) -> Tensor:
-    """The vectors in float32, zeros in the padding: inf there would reach every gradient through the product."""
-    return vectors.float().masked_fill(~mask.bool()[:, None, :, None], 0.0)
 
 
 def _pairs(mask: Tensor, reach: int | None) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import LOWEST, denominator, require, require_mask, shape, unit
-from .attention import attention_kl, attention_scores, valid_vectors
+from ._common import LOWEST, denominator, padding_of, require, require_mask, shape, unit, zeros_in_padding
+from .attention import attention_kl, attention_scores
 from .slices import sum_of_divergences
 
 
@@ -64,14 +64,13 @@ def relation_minilm_v2(
         _require_same_tokens(x_student, x_teacher, mask)
         _require_divisor(relation_heads, x_student, x_teacher)
         if weight > 0.0:
-            of_student, of_teacher = (
-                _relation_heads(x, mask, relation_heads) for x in (x_student, x_teacher.detach())
-            )
+            of_student, of_teacher = (_relation_heads(x, relation_heads) for x in (x_student, x_teacher))
             if reach is None:
                 divergences = sum_of_divergences(of_student, of_teacher, mask)
                 value = divergences / relation_heads / denominator(mask.sum(), num_items)
             else:
-                scores, teacher_scores = (attention_scores(x, x) for x in (of_student, of_teacher))
+                valid = (zeros_in_padding(x, padding_of(mask)) for x in (of_student, of_teacher))
+                scores, teacher_scores = (attention_scores(x, x) for x in valid)
                 value = attention_kl(scores, teacher_scores, mask, reach=reach, num_items=num_items)
             values.append(weight * value)
     return torch.stack(values).sum()
@@ -116,7 +115,7 @@ def relation_minilm_v1(
         )
 
     def scores(vectors: Vectors) -> tuple[Tensor, Tensor]:
-        query, key, value = (valid_vectors(x, mask) for x in vectors)
+        query, key, value = (zeros_in_padding(x, padding_of(mask)) for x in vectors)
         return attention_scores(query, key), attention_scores(value, value)
 
     pairs = zip(scores(student), scores(teacher), strict=True)
@@ -307,10 +306,10 @@ def _require_divisor(relation_heads: int, student: Tensor, teacher: Tensor) -> N
             )
 
 
-def _relation_heads(vectors: Tensor, mask: Tensor, relation_heads: int) -> Tensor:
+def _relation_heads(vectors: Tensor, relation_heads: int) -> Tensor:
     """The vectors split anew, of shape `(batch, relation_heads, seq, width / relation_heads)`."""
-    joined = valid_vectors(vectors, mask).transpose(1, 2).flatten(2)  # (batch, seq, heads * head_size)
-    return joined.unflatten(-1, (relation_heads, -1)).transpose(1, 2).contiguous()
+    joined = vectors.transpose(1, 2).flatten(2)  # (batch, seq, heads * head_size)
+    return joined.unflatten(-1, (relation_heads, -1)).transpose(1, 2)
 
 
 def _comparable_texts(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
