@@ -147,7 +147,7 @@ def check_soft_labels(
     refuse(~np.isfinite(values).all(axis=1), "has a number that is missing or not finite; correct or remove the row.")
     if is_probs:
         refuse(
-            ((values < 0) | (values > 1 + 1e-3)).any(axis=1),
+            ((values < -1e-3) | (values > 1 + 1e-3)).any(axis=1),
             "are no probabilities, which lie between 0 and 1; divide counts by their sum, and name logits or "
             "log-probabilities teacher_logits.",
         )

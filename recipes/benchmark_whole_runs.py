@@ -16,6 +16,7 @@ import itertools
 import json
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -46,7 +47,8 @@ def main() -> None:
     if not args.only_table:
         for seed, variant in itertools.product(args.seeds, args.variants):
             more = ["--cache_teacher", str(args.output_dir / "cache")] if variant.startswith("cached") else []
-            if more:
+            if more and not noted_in(args.output_dir / BUILD).is_file():
+                shutil.rmtree(args.output_dir / "cache", ignore_errors=True)  # a part would take time off the rest
                 run(args, BUILD, None, [*flags, "--max_steps", "1", *more])
             run(args, variant, seed, [*flags, *VARIANTS[variant], *more, "--seed", str(seed)])
     results = {"whole_runs": collect(args.output_dir)}
@@ -67,13 +69,17 @@ def parse_flags() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--only_table", action="store_true", help="run nothing; take what is complete")
-    return parser.parse_known_args()
+    args, flags = parser.parse_known_args()
+    drawn = [flag for flag in flags if flag.split("=")[0] in ("--max_train_samples", "--augment")]
+    if drawn and any(variant.startswith("cached") for variant in args.variants):
+        parser.error(f"{drawn[0]} draws other rows for each seed, and the cache is of one; drop it or them.")
+    return args, flags
 
 
 def run(args: argparse.Namespace, variant: str, seed: int | None, flags: list[str]) -> None:
     """Run `glue_distill.py` and note how long its process took and computed, unless that is noted."""
     folder = args.output_dir / (variant if seed is None else f"{variant}-seed{seed}")
-    noted = folder / "wall_time.json"
+    noted = noted_in(folder)
     if noted.is_file():
         print(f"{folder} is complete.")
         return
@@ -83,6 +89,11 @@ def run(args: argparse.Namespace, variant: str, seed: int | None, flags: list[st
     subprocess.run([sys.executable, *words], check=True)
     times = {"seconds": time.perf_counter() - start, "processor_seconds": processor_seconds() - computed}
     write_whole(noted, json.dumps({"variant": variant, "seed": seed, **times}) + "\n")
+
+
+def noted_in(folder: Path) -> Path:
+    """Where it says what a run took, once it is complete."""
+    return folder / "wall_time.json"
 
 
 def processor_seconds() -> float:

@@ -258,6 +258,9 @@ def distil(model_args: DistillArguments, data_args: DataArguments, args: Distill
     if model_args.cache_teacher is not None:
         data["train"] = cache_teachers(model_args, args, data["train"], teachers, objective, tokenizer)
         run_teachers = teachers if args.eval_teacher_agreement else []  # on the validation split
+        if not run_teachers:
+            for teacher in teachers:
+                teacher.to("cpu")  # their evaluation moved them, and the student needs the room
 
     trainers: list[DistillationTrainer] = []
 

@@ -96,3 +96,10 @@ def test_table_of_whole_runs():
     assert cells[0] == ["build", "", "", "", "5", "1.00", "2.00", "1.00", ""]
     assert cells[1][:4] == ["finetune", "2", "accuracy", "85.00 ± 7.07"] and cells[1][-1] == "1.00"
     assert cells[2][3] == "80.00 ± 0.00" and float(cells[2][-1]) == pytest.approx(1.6, abs=0.005)
+
+
+def test_rows_that_differ_by_seed_have_no_cache(tmp_path):
+    """The cache of one seed's rows would be refused by the next seed's run, hours later."""
+    found = benchmark(tmp_path / "runs", "--task_name", "sst2", "--max_train_samples", "100", check=False)
+    assert found.returncode == 2 and "--max_train_samples draws other rows for each seed" in found.stderr
+    assert not (tmp_path / "runs").exists()

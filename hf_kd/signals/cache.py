@@ -38,7 +38,7 @@ MixedPrecision = Literal["no", "bf16", "fp16"]
 # about one length, and few enough that several processes share the work evenly. Where the long rows are together, it
 # may have eight times the bytes: Arrow counts the numbers of a file's rows in 32 bits.
 _SHARD_BYTES = 128 * 2**20
-_MIN_SHARD_ROWS, _MAX_SHARD_ROWS = 1024, 65_536
+_MIN_SHARD_ROWS, _MAX_SHARD_ROWS = 4096, 16_384
 _NUM_SHARDS = 64
 # Fields of a teacher's config that do not say what it answers. A forward with labels sets the problem, which the
 # fingerprint has besides.
@@ -117,6 +117,10 @@ of all tokens of the row, one after another, without padding; in bfloat16 as its
     if mixed_precision not in ("no", *AUTOCAST_DTYPES):
         names = ", ".join(map(repr, ("no", *AUTOCAST_DTYPES)))
         raise ValueError(f"mixed_precision={mixed_precision!r} must be one of {names}.")
+    if teacher_dtype not in (None, *DTYPES):
+        raise ValueError(f"teacher_dtype={teacher_dtype!r} must be one of {', '.join(map(repr, DTYPES))}, or None.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1: rows that the teacher reads at a time.")
     models: list[Any] = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
     all_wanted = [wanted] * len(models) if isinstance(wanted, Wanted) else list(wanted)
     if len(all_wanted) != len(models):
@@ -152,6 +156,7 @@ of all tokens of the row, one after another, without padding; in bfloat16 as its
         if state.is_main_process:
             for job in jobs:
                 job.plan()
+                job.shards.remove_leftovers()
             _check_space(jobs, Path(output_dir))
             for job in jobs:
                 job.shards.open(job.description)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,6 @@ class ShardFolder:
     def open(self, description: dict[str, Any]) -> None:
         """Make the folder where it is missing, and describe it where it is new; on one process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
         if self.is_new():
             self.describe(description)
 
@@ -133,11 +133,12 @@ class ShardFolder:
     def bytes_on_disk(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("shard-*.arrow"))
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
         """Files that a killed build was writing; another that runs now renames its own within seconds."""
         for path in self.folder.glob("*.tmp"):
-            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # renamed, or removed by another
+                if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                    path.unlink()
 
     def _path(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}-of-{self.num_shards:05d}.arrow"

@@ -170,6 +170,9 @@ class Teacher:
         with own_precision, self.capture:
             outputs = self._run(**inputs, **self.capture.forward_kwargs)
         signals = self.capture.signals(outputs, inputs)
+        if self._run is not self.model:
+            # What a CUDA graph returns is overwritten by the next compiled model that runs, the student.
+            signals.logits = signals.logits.clone()
         if self.label_order is not None:
             signals.logits = signals.logits[..., self.label_order]
         return signals

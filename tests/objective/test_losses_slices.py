@@ -118,3 +118,22 @@ def test_infinite_padding(name, mask):
         value.backward()
         values.append((value.detach(), [x.grad for x in filled[0] if x.grad is not None]))
     torch.testing.assert_close(*values, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_under_autocast(name, mask):
+    """Scores would be rounded to bfloat16, and its infinite minimum make NaN of padding."""
+    student, teacher = vectors(0), vectors(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = LOSSES[name](student, teacher, mask)
+    torch.testing.assert_close(value, LOSSES[name](student, teacher, mask), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("shape", [{"seq": 0}, {"batch": 0}])
+def test_nothing_to_compare(name, shape):
+    student, teacher = vectors(0, **shape), vectors(1, **shape)
+    student = tuple(x.requires_grad_() for x in student)
+    value = LOSSES[name](student, teacher, torch.ones(student[0].shape[0], student[0].shape[2]))
+    value.backward()
+    assert value.item() == 0

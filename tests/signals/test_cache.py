@@ -503,6 +503,11 @@ def test_what_cannot_be_cached(tmp_path, teacher):
         cache_teacher_signals(rows, teacher, Wanted(), tmp_path / "cache", dtype="float32")
     with pytest.raises(ValueError, match="mixed_precision='bfloat16' must be one of 'no', 'bf16', 'fp16'"):
         cache_teacher_signals(rows, teacher, Wanted(), tmp_path / "cache", mixed_precision="bfloat16")
+    with pytest.raises(ValueError, match="teacher_dtype='bf16' must be one of 'float32', 'bfloat16', 'float16', or"):
+        cache_teacher_signals(rows, teacher, Wanted(), tmp_path / "cache", teacher_dtype="bf16")
+    for size in (0, -1):  # no batch would run, and whatever was in memory be written
+        with pytest.raises(ValueError, match=f"batch_size={size} must be at least 1"):
+            cache_teacher_signals(rows, teacher, Wanted(), tmp_path / "cache", batch_size=size)
     assert not (tmp_path / "cache").exists()
 
 

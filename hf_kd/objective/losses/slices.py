@@ -62,13 +62,18 @@ class _SumOfSlices(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, function: _Slice, num_student: int, mask: Tensor, *tensors: Tensor) -> Tensor:
+        with torch.autocast(mask.device.type, enabled=False):
+            return _SumOfSlices._sum(ctx, function, num_student, mask, *tensors)
+
+    @staticmethod
+    def _sum(ctx: Any, function: _Slice, num_student: int, mask: Tensor, *tensors: Tensor) -> Tensor:
         needs_gradient = any(ctx.needs_input_grad)
         batch, heads, seq, _ = tensors[0].shape
         numbers = _CPU_NUMBERS if mask.device.type == "cpu" else _GPU_NUMBERS
         examples = max(numbers // max(heads * seq**2, 1), 1)
-        total = torch.zeros((), device=mask.device)
+        total = torch.zeros((), dtype=torch.float32, device=mask.device)
         gradients = [torch.empty_like(x, dtype=torch.float32) for x in tensors[:num_student] if needs_gradient]
-        for start in range(0, batch, examples):
+        for start in range(0, batch if seq else 0, examples):
             part = slice(start, start + examples)
             is_padding = padding_of(mask[part])
             pieces = [zeros_in_padding(x[part], is_padding).contiguous() for x in tensors]
@@ -97,12 +102,14 @@ def _divergence(
     scores, teacher_scores = (x * scale) @ x.mT, (y * y.shape[-1] ** -0.5) @ y.mT  # (batch, heads, seq, seq)
     if is_padding is not None:
         # Added, and not filled in: ten times as fast on a CPU.
-        lowest = torch.zeros(is_padding.shape, device=x.device).masked_fill_(is_padding, LOWEST)[:, None, None]
+        lowest = torch.zeros_like(is_padding, dtype=x.dtype).masked_fill_(is_padding, LOWEST)[:, None, None]
         scores, teacher_scores = scores.add_(lowest), teacher_scores.add_(lowest)
-    probabilities, normalizer = _softmax(scores)
+    # sum P^T (log P^T - log P^S), where the normalizers leave the sum because P^T adds up to 1; three maps at a time
     teacher_probabilities, teacher_normalizer = _softmax(teacher_scores)
-    # sum P^T (log P^T - log P^S), where the normalizers leave the sum because P^T adds up to 1
     difference = teacher_scores.sub_(scores).mul_(teacher_probabilities).sum(dim=-1)
+    del teacher_scores
+    probabilities, normalizer = _softmax(scores)
+    del scores
     total = (difference - teacher_normalizer + normalizer).sum()
     if not needs_gradient:
         return total, []
