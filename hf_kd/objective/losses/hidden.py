@@ -25,9 +25,9 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, num_items: Ten
         ValueError: If the shapes differ or the mask does not fit.
     """
     student, teacher = comparable(student, teacher, mask)
-    # A norm takes one pass over memory forward and one backward, and the sum of squares twice as many.
-    norm = torch.linalg.vector_norm(_tokens(student - teacher, mask))
-    return norm.square() / student.shape[-1] / denominator(mask.sum(), num_items)
+    # Norms take one pass over memory forward and one backward, and the squares of all numbers twice as many.
+    norms = torch.linalg.vector_norm(_tokens(student - teacher, mask), dim=-1)  # (batch, seq)
+    return norms.square().sum() / student.shape[-1] / denominator(mask.sum(), num_items)
 
 
 def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor, *, num_items: Tensor | None = None) -> Tensor:
