@@ -240,9 +240,9 @@ def measure(args: BenchmarkArguments, spec: dict[str, Any], length: str) -> list
             worker.__enter__()
         for worker in workers:
             worker.turn(steps=args.warmup_steps, warmup_steps=0)  # the first steps of a process take far longer
-        for round in range(args.rounds):
+        for number in range(args.rounds):
             # To and fro, so that a machine that slows down or speeds up does so for all.
-            for worker in workers if round % 2 == 0 else reversed(workers):
+            for worker in workers if number % 2 == 0 else reversed(workers):
                 turn = worker.turn(steps=steps, warmup_steps=args.warmup_steps)
                 turns.setdefault(worker.name, []).append(turn)
         for worker in workers:

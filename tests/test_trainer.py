@@ -645,3 +645,19 @@ def test_compiling_what_is_read_by_hooks_is_refused(student, teacher, collator, 
     args = make_args(torch_compile=True, torch_compile_backend="eager", **{f"{term}_loss_weight": 1.0})
     with pytest.raises(ValueError, match=r"torch_compile runs the forward without the hooks"):
         train(student, teacher, args, collator)
+
+
+def test_teacher_runs_before_the_student(student, teacher, make_args, collator):
+    """After it, what the teacher computes would add to the memory that the student keeps for its backward."""
+    order, models = [], {"student": copy_of(student), "teacher": copy_of(teacher)}
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    trainer = DistillationTrainer(
+        models["student"],
+        make_args(max_steps=2),
+        teacher_model=models["teacher"],
+        train_dataset=make_dataset(),
+        data_collator=collator,
+    )
+    trainer.train()
+    assert order == ["teacher", "student"] * 2

@@ -314,8 +314,9 @@ def test_bad_columns_end_before_training(student, make_args, collator, columns, 
 
 
 def test_rounded_probabilities_are_fine(student, make_args, collator):
-    """Two digits are what an LLM writes, and they add up to 0.99 or 1.01."""
-    rows = rows_with(teacher_probs=good(row1=[0.34, 0.34, 0.33], row2=[0.33, 0.33, 0.33]))
+    """Two digits are what an LLM writes, and they add up to 0.99 or 1.01; a subtraction may end below 0."""
+    rounded = {"row1": [0.34, 0.34, 0.33], "row2": [0.33, 0.33, 0.33], "row3": [0.5, 0.5, -1e-9]}
+    rows = rows_with(teacher_probs=good(**rounded))
     assert make_trainer(student, rows, make_args(teacher_labels=LABELS), collator).teacher is not None
 
 
